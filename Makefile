@@ -1,0 +1,55 @@
+# make quickstart   installs into .venv, runs the quickstart notebook into out/
+# make test         installs into .venv, checks and runs everything in the smoke preset
+PYTHON ?= python3
+VENV ?= .venv
+# auto: PyTorch's CPU builds where no NVIDIA GPU is found; none: pip's usual indexes; or the address of an index
+TORCH_INDEX ?= auto
+DMIN_PRESET ?= mini
+
+PY := $(VENV)/bin/python
+INSTALLED := $(VENV)/.installed
+export JUPYTER_PREFER_ENV_PATH = 1
+unexport MPLBACKEND
+
+.PHONY: help install quickstart test export notebooks readme clean
+help:
+	@echo 'quickstart  install, run nbs/tutorials/quickstart.ipynb into out/'
+	@echo 'test        install, check the notebooks, run each in the smoke preset, then pytest tests'
+	@echo 'export      write dmin/ from the notebooks'
+	@echo 'notebooks   run all notebooks in place in the $(DMIN_PRESET) preset, keep their outputs'
+	@echo 'readme      write README.md from nbs/index.ipynb'
+	@echo 'clean       remove what runs made (the environment in $(VENV) stays)'
+
+install: $(INSTALLED)
+
+# Runs again only when what is to be installed has changed.
+$(INSTALLED): pyproject.toml constraints.txt
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	options="$$($(PY) tools/torch_index.py '$(TORCH_INDEX)')" && \
+	  $(PY) -m pip install --progress-bar off $$options -e '.[dev]' -c constraints.txt
+	touch $@
+
+quickstart: $(INSTALLED)
+	DMIN_PRESET=$(DMIN_PRESET) $(PY) tools/run_notebook.py nbs/tutorials/quickstart.ipynb --output out/quickstart.ipynb
+
+test: export DMIN_PRESET = smoke
+test: export DMIN_OUT = $(CURDIR)/out/smoke
+test: export HF_HUB_OFFLINE = 1
+test: $(INSTALLED)
+	$(PY) tools/check_notebooks.py
+	$(PY) -m pytest --nbmake --nbmake-kernel=python3 --nbmake-timeout=900 --durations=10 nbs
+	$(PY) -m pytest --durations=10 tests
+
+export: $(INSTALLED)
+	$(VENV)/bin/nbdev_export
+
+notebooks: $(INSTALLED)
+	DMIN_PRESET=$(DMIN_PRESET) $(PY) tools/run_notebook.py --inplace nbs
+	$(VENV)/bin/nbdev_clean
+
+readme: $(INSTALLED)
+	$(PY) tools/make_readme.py
+
+clean:
+	rm -rf out runs _proc _docs build dist .pytest_cache
+	find . \( -path ./$(VENV) -o -path ./.git \) -prune -o \( -name __pycache__ -o -name .ipynb_checkpoints -o -path './nbs/*/runs' -o -path ./nbs/runs \) -prune -exec rm -rf {} +

@@ -1,0 +1,75 @@
+"""Checks that what is committed agrees: clean notebooks, dmin/ as exported from them, README.md as made from nbs/index.ipynb."""
+import difflib
+import os
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+from execnb.nbio import loads, nb2str
+from nbdev.clean import clean_nb
+from nbdev.config import get_config
+from nbdev.doclinks import nbdev_export
+
+from make_readme import ROOT, make_readme
+
+
+def unclean(path: Path) -> list[str]:
+    """What nbdev_clean would change, and what failed when the notebook ran."""
+    cfg, text = get_config(), path.read_text(encoding="utf-8")
+    nb = loads(text)
+    found = [f"cell {i} holds an error: mend it and run the notebook again" for i, cell in enumerate(nb["cells"])
+             if any(o["output_type"] == "error" for o in cell.get("outputs", []))]
+    clean_nb(nb, cfg.clear_all, cfg.get("allowed_metadata_keys", "").split(), cfg.get("allowed_cell_metadata_keys", "").split(),
+             cfg.clean_ids)
+    if nb2str(nb) != text: found.append("is not clean: run nbdev_clean")
+    return [f"{path.relative_to(ROOT)} {what}" for what in found]
+
+
+def fresh_export(folder: Path) -> Path:
+    """The package exported from the notebooks into an empty folder."""
+    shutil.copy(ROOT / "settings.ini", folder)
+    shutil.copytree(ROOT / "nbs", folder / "nbs", ignore=lambda d, names: [n for n in names if Path(d, n).is_file() and not n.endswith(".ipynb")])
+    os.chdir(folder)
+    get_config.cache_clear()
+    try: nbdev_export()
+    finally:
+        os.chdir(ROOT)
+        get_config.cache_clear()
+    return folder / "dmin"
+
+
+def files(folder: Path) -> dict[str, list[str]]:
+    """Path -> lines, of all files but compiled ones."""
+    return {str(p.relative_to(folder)): p.read_text(encoding="utf-8").splitlines() for p in sorted(folder.rglob("*"))
+            if p.is_file() and "__pycache__" not in p.parts}
+
+
+def unlike_export() -> list[str]:
+    """Where dmin/ differs from what the notebooks export."""
+    with tempfile.TemporaryDirectory() as folder: fresh = files(fresh_export(Path(folder).resolve()))
+    here, found = files(ROOT / "dmin"), []
+    for name in sorted(here.keys() | fresh.keys()):
+        if name not in fresh: found.append(f"dmin/{name} is exported by no notebook: remove it")
+        elif name not in here: found.append(f"dmin/{name} is missing: run make export")
+        elif here[name] != fresh[name]:
+            diff = difflib.unified_diff(here[name], fresh[name], f"dmin/{name}", "as exported from its notebook", lineterm="", n=0)
+            found.append("\n    ".join([f"dmin/{name} differs from its notebook: edit the notebook and run make export", *list(diff)[:12]]))
+    return found
+
+
+def unlike_readme() -> list[str]:
+    """Where README.md and its pictures differ from what nbs/index.ipynb makes."""
+    fresh = make_readme()
+    here = {p.relative_to(ROOT).as_posix() for p in [ROOT / "README.md", *(ROOT / "index_files").glob("*")] if p.exists()}
+    stale = {name for name in here if name not in fresh} | {n for n, c in fresh.items() if n not in here or (ROOT / n).read_bytes() != c}
+    return [f"{name} differs from what nbs/index.ipynb makes: run make readme" for name in sorted(stale)]
+
+
+if __name__ == "__main__":
+    os.chdir(ROOT)
+    paths = [p for p in sorted((ROOT / "nbs").rglob("*.ipynb")) if ".ipynb_checkpoints" not in p.parts]
+    found = [what for path in paths for what in unclean(path)] + unlike_export() + unlike_readme()
+    for what in found: print(what, file=sys.stderr)
+    print(f"{len(paths)} notebooks checked, {len(found)} things to mend", flush=True)
+    sys.exit(1 if found else 0)

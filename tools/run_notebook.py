@@ -1,0 +1,58 @@
+"""Runs notebooks top to bottom, each in its own folder and its own kernel, and prints what they print.
+
+    python tools/run_notebook.py nbs/tutorials/quickstart.ipynb --output out/quickstart.ipynb
+    python tools/run_notebook.py --inplace nbs            # a folder: all notebooks in it, sorted
+
+Notebooks find the folder for what they make in the environment variable DMIN_OUT, which is the folder of `--output` if given.
+"""
+import argparse
+import os
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError
+
+
+def echo(cell, cell_index, **_):
+    """Prints the standard output of a cell that has run."""
+    for output in cell.get("outputs", []):
+        if output.output_type == "stream" and output.name == "stdout": print(output.text, end="", flush=True)
+
+
+def run(path: Path, output: Path, timeout: int) -> bool:
+    nb = nbformat.read(path, as_version=4)
+    nb.metadata.setdefault("kernelspec", {"name": "python3", "display_name": "python3", "language": "python"})
+    nb.metadata.pop("widgets", None)
+    client = NotebookClient(nb, timeout=timeout, kernel_name="python3", store_widget_state=False, on_cell_executed=echo,
+                            extra_arguments=["--log-level=40"], resources={"metadata": {"path": str(path.parent)}})
+    start, error = time.perf_counter(), None
+    try: client.execute()
+    except CellExecutionError as e: error = e
+    if error is None or output != path:  # in place, a failed run leaves the notebook as it was
+        output.parent.mkdir(parents=True, exist_ok=True)
+        nbformat.write(nb, output)
+    if error: print(f"{path} failed:\n{error}", file=sys.stderr)
+    else: print(f"{path} ran in {time.perf_counter() - start:.0f} s; with its outputs it is in {output}", flush=True)
+    return error is None
+
+
+def notebooks(paths: list[Path]) -> list[Path]:
+    found = [sorted(p.rglob("*.ipynb")) if p.is_dir() else [p] for p in paths]
+    return [nb for nbs in found for nb in nbs if ".ipynb_checkpoints" not in nb.parts]
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("paths", nargs="+", type=Path)
+    where = parser.add_mutually_exclusive_group(required=True)
+    where.add_argument("--output", type=Path, help="where the one notebook goes with its outputs")
+    where.add_argument("--inplace", action="store_true", help="keep the outputs in the notebooks themselves")
+    parser.add_argument("--timeout", type=int, default=3600, help="seconds for one cell")
+    args = parser.parse_args()
+    if args.output and len(notebooks(args.paths)) != 1: parser.error("--output takes one notebook")
+    if args.output: os.environ["DMIN_OUT"] = str(args.output.resolve().parent)
+    ok = [run(path, args.output or path, args.timeout) for path in notebooks(args.paths)]
+    sys.exit(0 if all(ok) else 1)
