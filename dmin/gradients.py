@@ -258,8 +258,9 @@ class PerSampleGradients:
             self._uses.update(id(p) for p in module.parameters() if self.sink.wants(p))
             outputs, layout = tree_flatten(output)
             places = [i for i, o in enumerate(outputs) if torch.is_tensor(o) and o.is_floating_point()]
-            for i in places:   # nothing below asks for a gradient: the graph begins here (cloned, since a leaf may not be changed in place)
-                if not outputs[i].requires_grad: outputs[i] = outputs[i].detach().requires_grad_().clone()
+            for i in places:   # cloned, since a leaf may not be changed in place, and a hook on a view that is changed in place never runs
+                if not outputs[i].requires_grad: outputs[i] = outputs[i].detach().requires_grad_().clone()   # the graph begins here
+                elif outputs[i]._is_view(): outputs[i] = outputs[i].clone()
             kept = tree_map(lambda x: x.detach() if torch.is_tensor(x) else x, (args, kwargs))
             call = _Call(*kept, len(outputs[places[0]]), places, _versions((args, kwargs)))
             watched = [outputs[i] for i in places]

@@ -143,5 +143,6 @@ class DDPMObjective(Objective):
     def loss(self, encoded: dict[str, torch.Tensor], t: torch.Tensor, eps: torch.Tensor) -> torch.Tensor:
         """The loss of each row, shape (n,)."""
         z0 = encoded["z0"]
-        predicted = self.model(self.scheduler.add_noise(z0, eps, t), t).sample
+        zt = self.scheduler.add_noise(z0, eps, t).to(self.model.dtype)
+        predicted = self.model(zt, t).sample.float()
         return (predicted - diffusion_target(self.scheduler, z0, eps, t)).square().flatten(1).mean(1)

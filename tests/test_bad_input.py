@@ -1,0 +1,126 @@
+"""Bad input gets an error that names the value, what was expected and the way out; nothing that was stored is lost."""
+import numpy as np
+import pytest
+import torch
+from conftest import make_pipeline
+from datasets import Dataset
+from PIL import Image
+
+from dmin import collect, load_images, make_objective, open_index, sample_gradients, select_timesteps
+from dmin.compression import Compressor
+from dmin.gradients import Gradients
+from dmin.store import Store
+
+RECIPE = dict(v=64, timesteps=2, shard_size=4, progress=False)
+
+
+@pytest.fixture
+def store(pipe, digits, tmp_path): return collect(pipe, digits, tmp_path / "store", **RECIPE)
+
+
+@pytest.mark.parametrize("v, said", [(0, "v=0.*positive"), (-1, "v=-1.*positive"), ("big", "positive"), (10**8, "v=100000000 is larger than the gradient")])
+def test_v(pipe, digits, tmp_path, v, said):
+    with pytest.raises(ValueError, match=said): collect(pipe, digits, tmp_path / "s", **{**RECIPE, "v": v})
+    assert not (tmp_path / "s").exists()
+
+
+@pytest.mark.parametrize("empty", [[], Dataset.from_dict({"image": []})])
+def test_no_samples(pipe, tmp_path, empty):
+    with pytest.raises(ValueError, match="empty"): collect(pipe, empty, tmp_path / "s", **RECIPE)
+
+
+def test_missing_column(pipe, tmp_path):
+    with pytest.raises(ValueError, match="no column 'image'.*picture"): collect(pipe, Dataset.from_dict({"picture": [1]}), tmp_path / "s", **RECIPE)
+
+
+@pytest.mark.parametrize("image, said", [
+    (Image.new("L", (28, 28)), "28×28.*expected 8×8.*size=8"), (Image.new("RGB", (8, 8)), "RGB.*expected 1 channel"), (Image.new("I;16", (8, 8)), "uint16|int32")])
+def test_images_that_do_not_fit(store, digits, image, said):
+    with pytest.raises(ValueError, match=said): store.influence(image)
+    with pytest.raises(ValueError, match=said): collect(make_pipeline(), [*digits["image"][:3], image], store.folder.parent / "other", **RECIPE)
+
+
+@pytest.mark.parametrize("array, said", [(np.full((8, 8), 255.), "255.*expected floats in"), (np.full((8, 8), -1.), "-1"), (np.full((8, 8), np.nan), "NaN")])
+def test_value_ranges(array, said):
+    from dmin.data import images_to_tensor
+    with pytest.raises(ValueError, match=said): images_to_tensor([np.zeros((8, 8)), array], 8, 1)
+
+
+def test_infinite_loss_names_sample_and_timestep_and_keeps_what_was_stored(pipe, digits, tmp_path):
+    """The loss of one sample becomes infinite on the way."""
+    objective = make_objective(pipe)
+    loss, objective.calls = objective.loss, 0
+    def breaks(encoded, t, eps):
+        found = loss(encoded, t, eps)
+        objective.calls += 1
+        return torch.where(torch.arange(len(t)) == 5, float("nan"), found) if objective.calls == 3 else found
+    objective.loss = breaks
+    with pytest.raises(FloatingPointError, match="loss of sample 10 at timestep 500 is nan"): collect(objective, digits, tmp_path / "s", **RECIPE)
+    assert Store(tmp_path / "s").missing() == list(range(8, 40))
+    objective.loss = loss
+    assert collect(objective, digits, tmp_path / "s", **RECIPE).missing() == []
+
+
+def test_infinite_and_zero_gradients(digits):
+    pipe = make_pipeline()
+    with torch.no_grad(): pipe.unet.conv_out.weight.fill_(1e30)
+    with pytest.raises(FloatingPointError, match="sample 0 at timestep 0"): sample_gradients(make_objective(pipe), digits.select([0]), torch.tensor([0]), Compressor(8))
+    pipe = make_pipeline()
+    with torch.no_grad(): pipe.unet.conv_out.weight.zero_()
+    with pytest.raises(FloatingPointError, match="gradient of sample 0 at timestep 0 is 0.*direction"):
+        sample_gradients(make_objective(pipe, "conv_in*"), digits.select([0]), torch.tensor([0]), Compressor(8))
+
+
+@pytest.mark.parametrize("timesteps", [[0, 1000], [-1], [10**6]])
+def test_timesteps_outside_the_scheduler(pipe, digits, tmp_path, timesteps):
+    with pytest.raises(ValueError, match="outside the scheduler: it has 0 to 999"): collect(pipe, digits, tmp_path / "s", **{**RECIPE, "timesteps": timesteps})
+
+
+@pytest.mark.parametrize("n", [0, 1001])
+def test_number_of_timesteps(pipe, n):
+    with pytest.raises(ValueError, match="choose 1 to 1000"): select_timesteps(pipe.scheduler, n)
+
+
+def test_no_timesteps(pipe, digits, tmp_path):
+    with pytest.raises(ValueError, match="no timesteps"): collect(pipe, digits, tmp_path / "s", **{**RECIPE, "timesteps": []})
+
+
+@pytest.mark.parametrize("k", [0, -1, 41])
+def test_k(store, digits, k):
+    scores = store.influence(digits.select([0]))
+    for f in (scores.top, scores.bottom):
+        with pytest.raises(ValueError, match=f"k={k}.*choose 1 to 40"): f(k)
+
+
+def test_queries_of_another_v(store, digits):
+    g = store.query_gradients(digits.select([0]))
+    with pytest.raises(ValueError, match="2 timesteps × 32, the store of 2 × 64"): store.influence(Gradients(g.compressed[..., :32], g.norms, g.losses))
+
+
+def test_store_without_its_pipeline(store, digits):
+    with pytest.raises(ValueError, match="open_store"): Store(store.folder).influence(digits.select([0]))
+
+
+def test_unfinished_store(store, digits):
+    g = store.query_gradients(digits.select([0]))
+    (store.folder / "shard-00000004.safetensors").unlink()
+    with pytest.raises(ValueError, match="36 of 40 samples.*collect again"): Store(store.folder).influence(g)
+
+
+def test_unsupported_pipeline(digits, tmp_path):
+    with pytest.raises(TypeError, match="DDPMPipeline.*register_objective"): collect(torch.nn.Linear(1, 1), digits, tmp_path / "s")
+
+
+def test_no_index(store):
+    with pytest.raises(FileNotFoundError, match="build_index"): open_index(store)
+
+
+def test_unknown_names(tmp_path):
+    with pytest.raises(ValueError, match="mnist_5k"): load_images("mnist6")
+    with pytest.raises(ValueError, match="train"): load_images("mnist_5k", "validation")
+
+
+def test_a_folder_with_something_else(pipe, digits, tmp_path):
+    (tmp_path / "thesis.tex").write_text("important")
+    with pytest.raises(FileExistsError, match="not empty"): collect(pipe, digits, tmp_path, **RECIPE)
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]

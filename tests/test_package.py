@@ -1,0 +1,44 @@
+"""The package as others meet it: what it imports, what it ships, and that plain diffusers opens what it ships."""
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from diffusers import DDPMPipeline
+
+from dmin.data import data_folder
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_imports_no_development_tools():
+    script = "import sys, dmin; print([m for m in ('nbdev', 'fastcore', 'pytest', 'IPython', 'hnswlib') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=600).stdout.strip() == "['hnswlib']"
+
+
+def test_no_pickle_anywhere():
+    for path in ROOT.glob("dmin/**/*.py"): assert not re.search(r"\bpickle\b|torch\.load\(|torch\.save\(", path.read_text()), path
+
+
+def test_modules_import_only_lower_numbers():
+    number = {}
+    for path in ROOT.glob("nbs/[0-9]*.ipynb"):
+        text = "".join("".join(c["source"]) for c in json.loads(path.read_text())["cells"])
+        number[re.search(r"#\| default_exp (\S+)", text)[1]] = int(path.name[:2])
+    for path in ROOT.glob("dmin/*.py"):
+        if path.stem not in number: continue
+        for used in re.findall(r"^from \.(\w+) import", path.read_text(), re.M): assert number[used] < number[path.stem], (path.name, used)
+
+
+def test_shipped_pipeline_opens_in_plain_diffusers():
+    folder = data_folder() / "tiny" / "ddpm-mnist"
+    assert sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()) <= 4_000_000
+    pipe = DDPMPipeline.from_pretrained(folder)
+    assert pipe.unet.config.in_channels == 1 and pipe.scheduler.config.num_train_timesteps == 1000
+    assert not [p for p in folder.rglob("*") if p.suffix in (".bin", ".pt", ".ckpt")]
+
+
+@pytest.mark.parametrize("name", ["mnist_5k.npz", "clipart_10.npz", "cards.parquet", "clipart.parquet", "creatures.parquet", "flowers.parquet", "renders.parquet", "toys.parquet"])
+def test_data_is_there(name): assert (data_folder() / "mini" / name).stat().st_size > 10_000
