@@ -93,6 +93,45 @@ def _shift(seed, i, v): return (_random_word(seed, i) >> 1) % v
 _KEPT_SIGNS = 2**22   # 16 MB: small models' signs are computed once, large ones' again for each batch
 
 
+class _Places:
+    """Signs and shifts of a compressor, from its seed."""
+
+    def __init__(self, v, seed):
+        self.v, self.m = v, max(1, min(64, 2**18 // v))   # m blocks, a tile, share the first part of the shift
+        self.sign_seed, self.high_seed, low = random_words(seed, 0, 3).tolist()
+        self.low = [_shift(low, j, v) for j in range(self.m)]
+        self._kept, self._n_kept = {}, 0
+
+    def signs_and_turn(self, start, n, like):
+        """Of elements `start` to `start + n`, which lie in one tile. A bounded number is kept for the next batch."""
+        key = start, n, like.dtype, like.device
+        if key in self._kept: return self._kept[key]
+        signs = random_signs(self.sign_seed, start, n, like.device).to(like.dtype)
+        found = signs, _shift(self.high_seed, start // (self.m * self.v), self.v)
+        if self._n_kept + n <= _KEPT_SIGNS: self._kept[key], self._n_kept = found, self._n_kept + n
+        return found
+
+# %% ../nbs/02_compression.ipynb #56e784dd
+def _add_blocks(total, part, signs, turn, places, begin):
+    """A piece of a tile, from its element `begin` on."""
+    v, at = places.v, 0
+    while at < part.shape[1]:
+        block, i = divmod(begin + at, v)
+        n = min(v - i, part.shape[1] - at)
+        to = (turn + places.low[block]) % v + i
+        total[:, to:to + n].addcmul_(part[:, at:at + n], signs[at:at + n])
+        at += n
+
+
+def _add_tile(rows, part, signs, turn, places):
+    """A whole tile: all its blocks turn alike, up to the second part of the shift."""
+    shape = places.m, places.v
+    rows[..., turn:turn + places.v].addcmul_(part.unflatten(1, shape), signs.view(shape))
+
+
+def _fold(wide): return wide[..., :wide.shape[-1] // 2] + wide[..., wide.shape[-1] // 2:]
+
+# %% ../nbs/02_compression.ipynb #ccd48510
 class Compressor(_Linear):
     """Compresses gradients to `v` numbers; signs and places come from the seed, nothing of the gradient's length is stored.
 
@@ -104,61 +143,32 @@ class Compressor(_Linear):
 
     def __init__(self, v: int, seed: int = 0):
         self.v, self.seed = _check_v(v), seed
-        self.m = max(1, min(64, 2**18 // v))          # blocks that share the first part of the shift
-        self._sign, high, low = random_words(seed, 0, 3).tolist()
-        self._high, self._low = high, [_shift(low, j, v) for j in range(self.m)]
-        self._kept, self._n_kept = {}, 0
+        self.places = _Places(v, seed)
 
     def __repr__(self): return f"Compressor(v={self.v}, seed={self.seed})"
 
     def zeros(self, n: int, dtype=torch.float32, device="cpu") -> torch.Tensor:
-        """An empty accumulator for `n` gradients: (n, 2v), because a turned block is written straight and folded only at the end."""
+        """An empty accumulator for `n` gradients, (n, 2v)."""
         return torch.zeros(n, 2 * self.v, dtype=dtype, device=device)
 
     def finish(self, total: torch.Tensor) -> torch.Tensor:
-        """Accumulator (..., 2v) to compressed gradients (..., v)."""
-        return total[..., :self.v] + total[..., self.v:]
+        """Accumulator (n, 2v) to compressed gradients (n, v)."""
+        return _fold(total)
 
     def add_(self, total: torch.Tensor, piece: torch.Tensor, start: int):
         """Add `piece`, shape (n, m): elements `start` to `start + m` of n gradients."""
-        tile = self.m * self.v
-        end = start + piece.shape[1]
-        as_matrix = len(piece) * self.v < 2**16 and piece.shape[1] >= 3 * tile   # few gradients, many blocks
-        rows = piece.new_zeros(len(piece), self.m, 2 * self.v) if as_matrix else None
+        p = self.places
+        tile, end = p.m * p.v, start + piece.shape[1]
+        as_matrix = len(piece) * p.v < 2**16 and piece.shape[1] >= 3 * tile   # few gradients, many blocks
+        rows = piece.new_zeros(len(piece), p.m, 2 * p.v) if as_matrix else None
         for first in range(start - start % tile, end, tile):
             lo, hi = max(first, start), min(first + tile, end)
             part = piece[:, lo - start:hi - start]
-            signs, turn = self._signs_and_turn(lo, hi - lo, piece)
-            if as_matrix and hi - lo == tile:
-                shape = self.m, self.v
-                rows[..., turn:turn + self.v].addcmul_(part.unflatten(1, shape), signs.view(shape))
-            else: self._add_blocks(total, part, signs, turn, lo - first)
-        if as_matrix: self._add_rows(total, rows)
-
-    def _signs_and_turn(self, start, n, like):
-        """Of elements `start` to `start + n`, which lie in one tile. A bounded number is kept for the next batch."""
-        key = start, n, like.dtype, like.device
-        if key in self._kept: return self._kept[key]
-        signs = random_signs(self._sign, start, n, like.device).to(like.dtype)
-        found = signs, _shift(self._high, start // (self.m * self.v), self.v)
-        if self._n_kept + n <= _KEPT_SIGNS:
-            self._kept[key], self._n_kept = found, self._n_kept + n
-        return found
-
-    def _add_blocks(self, total, part, signs, turn, begin):
-        """Block by block: the best way for many gradients, or for less than a tile."""
-        v, at = self.v, 0
-        while at < part.shape[1]:
-            block, i = divmod(begin + at, v)
-            n = min(v - i, part.shape[1] - at)
-            to = (turn + self._low[block]) % v + i
-            total[:, to:to + n].addcmul_(part[:, at:at + n], signs[at:at + n])
-            at += n
-
-    def _add_rows(self, total, rows):
-        """The second part of the shift, once for all tiles: row j of the sum of the tiles turns by l_j."""
-        for r, row in zip(self._low, self.finish(rows).unbind(1)):
-            total[:, r:r + self.v] += row
+            signs, turn = p.signs_and_turn(lo, hi - lo, piece)
+            if as_matrix and hi - lo == tile: _add_tile(rows, part, signs, turn, p)
+            else: _add_blocks(total, part, signs, turn, p, lo - first)
+        if as_matrix:
+            for shift, row in zip(p.low, _fold(rows).unbind(1)): total[:, shift:shift + p.v] += row
 
 # %% ../nbs/02_compression.ipynb #0810576c
 def standard_error(

@@ -8,7 +8,7 @@ __all__ = ['RULES', 'flatten_like_gradient', 'Sink', 'PerSampleGradients', 'Grad
 # %% ../nbs/05_gradients.ipynb #89fd56b7
 from collections import Counter
 from collections.abc import Callable
-from contextlib import contextmanager
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -30,11 +30,9 @@ class Sink:
     """Takes per-sample gradients of single parameters; holds what is left of them: compressed gradients and squared norms."""
 
     def __init__(self, parameters: dict[str, nn.Parameter], compressor):
-        self.compressor, self._start, self.length, self._names = compressor, {}, 0, {}
-        for name, p in parameters.items():
-            self._start[id(p)], self._names[id(p)] = self.length, name
-            self.length += p.numel()
-        self._memory = {}
+        self.compressor, self._start, self._memory = compressor, {}, {}
+        starts = accumulate((p.numel() for p in parameters.values()), initial=0)
+        for p, start in zip(parameters.values(), starts): self._start[id(p)] = start
 
     def begin(self, n: int, uses: Counter, device):
         """Start `n` samples. `uses` counts how often each parameter is used in the forward pass, by id."""
@@ -188,46 +186,77 @@ def _generic(module, call, grads, sink):
         for name, p in named.items(): sink.add(p, flatten_like_gradient(gradients[name], 1).detach(), i)
 
 # %% ../nbs/05_gradients.ipynb #4d781486
+def _units(module, wants, name=""):
+    """Which modules are handled as one, by name: the outermost that own a counted parameter themselves."""
+    if any(wants(p) for p in module.parameters(recurse=False)): return {name: module}
+    found = {}
+    for child, m in module.named_children(): found |= _units(m, wants, f"{name}.{child}".lstrip("."))
+    return found
+
+
 class _Call(NamedTuple):
     """What one use of a module keeps from the forward pass."""
+    name: str
+    module: nn.Module
     args: tuple
     kwargs: dict
     rows: int
     places: list      # which of the flattened outputs are differentiated
-    versions: list
+    versions: list    # of the inputs, to notice when they are changed in place
 
+# %% ../nbs/05_gradients.ipynb #036e5c34
+def _keep(name, back):
+    """A forward hook that records a call and has `back(call, gradients of its outputs)` run in the backward pass."""
+    def hook(module, args, kwargs, output):
+        outputs, layout = tree_flatten(output)
+        places = [i for i, o in enumerate(outputs) if torch.is_tensor(o) and o.is_floating_point()]
+        for i in places:   # cloned, since a leaf may not be changed in place, and a hook on a view that is changed in place never runs
+            if not outputs[i].requires_grad: outputs[i] = outputs[i].detach().requires_grad_().clone()   # the graph begins here
+            elif outputs[i]._is_view(): outputs[i] = outputs[i].clone()
+        inputs = [(x, x._version) for x in tree_flatten((args, kwargs))[0] if torch.is_tensor(x)]
+        kept = tree_map(lambda x: x.detach() if torch.is_tensor(x) else x, (args, kwargs))
+        call = _Call(name or "the model", module, *kept, len(outputs[places[0]]), places, inputs)
+        watched = [outputs[i] for i in places]
+        like = [(w.shape, w.dtype, w.device) for w in watched]
+        def with_zeros(grads): back(call, [torch.zeros(s, dtype=t, device=d) if g is None else g for g, (s, t, d) in zip(grads, like)])
+        torch.autograd.graph.register_multi_grad_hook(watched, with_zeros)
+        return tree_unflatten(outputs, layout)
+    return hook
 
-def _versions(args): return [(x, x._version) for x in tree_flatten(args)[0] if torch.is_tensor(x)]
+# %% ../nbs/05_gradients.ipynb #73a9f5fa
+def _apply_rule(call, grads, sink):
+    """Per-sample gradients of one call's parameters, into the sink."""
+    if any(x._version != version for x, version in call.versions):
+        raise RuntimeError(f"the input of {call.name} was changed in place after use, so its gradient cannot be formed: "
+                           "use the module's out-of-place form (inplace=False)")
+    if call.rows % sink.n:
+        raise RuntimeError(f"{call.name} works on {call.rows} rows, which is not a multiple of the {sink.n} samples: "
+                           "per-sample gradients need the batch as the first dimension of every counted layer")
+    rule = RULES.get(type(call.module))
+    if rule and len(call.args) == 1 and not call.kwargs and len(grads) == 1:
+        x, grad = (y.unflatten(0, (sink.n, -1)) for y in (call.args[0], grads[0]))
+        if rule(call.module, x, grad, sink) is not NotImplemented: return
+    _generic(call.module, call, grads, sink)
 
-
+# %% ../nbs/05_gradients.ipynb #c0ffb3bb
 class PerSampleGradients:
     """Computes compressed per-sample gradients of a model; while open (`with`), the model is frozen and in evaluation mode.
 
     `gradients(loss, n)` runs `loss()`, which must return one loss a row, shape (n * r,) with the r rows of a sample next to each other, and
-    returns compressed gradients (n, v) and norms (n,) of each sample's *mean* loss, and the losses (n * r,).
+    returns compressed gradients (n, v) and norms (n,) of each sample's *mean* loss, and the losses (n * r,). The batch must be the first
+    dimension of every counted layer, sample by sample; `RuntimeError` where it is seen not to be.
     """
 
     def __init__(self, model: nn.Module, parameters: dict[str, nn.Parameter], compressor):
-        self.model, self.parameters, self.sink = model, parameters, Sink(parameters, compressor)
-        self._units = dict(self._plan("", model))
-
-    def _plan(self, name, module):
-        """Which modules are handled as one: the outermost that own a counted parameter themselves, or have a rule."""
-        wants = self.sink.wants
-        if not any(wants(p) for p in module.parameters()): return
-        own = any(wants(p) for p in module.parameters(recurse=False))
-        if own: yield name, module
-        else:
-            for child, m in module.named_children(): yield from self._plan(f"{name}.{child}".lstrip("."), m)
+        self.model, self.sink, self._recording = model, Sink(parameters, compressor), False
 
     def __enter__(self):
         self._trained = {p: p.requires_grad for p in self.model.parameters()}
         self._training = {m: m.training for m in self.model.modules()}
         for p in self._trained: p.requires_grad_(False)
         self.model.eval()
-        self._recording = False
-        modules = {id(m): (n, m) for n, m in self._units.items()}.values()   # a module with two names is hooked once
-        self._hooks = [m.register_forward_hook(self._keep(n), with_kwargs=True) for n, m in modules]
+        units = {id(m): (name, m) for name, m in _units(self.model, self.sink.wants).items()}.values()   # a module with two names once
+        self._hooks = [m.register_forward_hook(self._hook(name), with_kwargs=True) for name, m in units]
         return self
 
     def __exit__(self, *_):
@@ -236,57 +265,27 @@ class PerSampleGradients:
         for m, training in self._training.items(): m.training = training
         self._hooks, self._trained, self._training = [], {}, {}
 
+    def _hook(self, name):
+        keep = _keep(name, self._back)
+        def hook(module, *rest):
+            if not self._recording: return None   # the generic path runs modules again
+            self._uses.update(id(p) for p in module.parameters() if self.sink.wants(p))
+            return keep(module, *rest)
+        return hook
+
+    def _back(self, call, grads):
+        with torch.no_grad(): _apply_rule(call, grads, self.sink)
+
     def __call__(self, loss: Callable[[], torch.Tensor], n: int):
         """Returns compressed gradients (n, v) float32, norms (n,) and losses (rows,). See the class."""
-        self._uses, self._rows, self._backward_calls = Counter(), None, []
-        with torch.enable_grad(), self._record():
-            losses = loss()
+        self._uses, self._recording = Counter(), True
+        try:
+            with torch.enable_grad(): losses = loss()
+        finally: self._recording = False
         if losses.ndim != 1 or len(losses) % n: raise ValueError(f"the loss must have one value a row: shape ({n},), not {tuple(losses.shape)}")
         self.sink.begin(n, self._uses, losses.device)
         (losses.sum() / (len(losses) // n)).backward()
         return *self.sink.finish(), losses.detach()
-
-    @contextmanager
-    def _record(self):
-        self._recording = True
-        try: yield
-        finally: self._recording = False
-
-    def _keep(self, name):
-        def hook(module, args, kwargs, output):
-            if not self._recording: return None
-            self._uses.update(id(p) for p in module.parameters() if self.sink.wants(p))
-            outputs, layout = tree_flatten(output)
-            places = [i for i, o in enumerate(outputs) if torch.is_tensor(o) and o.is_floating_point()]
-            for i in places:   # cloned, since a leaf may not be changed in place, and a hook on a view that is changed in place never runs
-                if not outputs[i].requires_grad: outputs[i] = outputs[i].detach().requires_grad_().clone()   # the graph begins here
-                elif outputs[i]._is_view(): outputs[i] = outputs[i].clone()
-            kept = tree_map(lambda x: x.detach() if torch.is_tensor(x) else x, (args, kwargs))
-            call = _Call(*kept, len(outputs[places[0]]), places, _versions((args, kwargs)))
-            watched = [outputs[i] for i in places]
-            torch.autograd.graph.register_multi_grad_hook(watched, self._back(name, module, call, watched))
-            return tree_unflatten(outputs, layout)
-        return hook
-
-    def _back(self, name, module, call, watched):
-        shapes, kinds = [w.shape for w in watched], [(w.dtype, w.device) for w in watched]
-        def hook(grads):
-            grads = [g if g is not None else torch.zeros(s, dtype=k[0], device=k[1]) for g, s, k in zip(grads, shapes, kinds)]
-            if any(x._version != version for x, version in call.versions):
-                raise RuntimeError(f"the input of {name or 'the model'} was changed in place after use, so its gradient cannot be formed: "
-                                   "use the module's out-of-place form (inplace=False)")
-            if call.rows % self.sink.n:
-                raise RuntimeError(f"{name or 'the model'} works on {call.rows} rows, which is not a multiple of the {self.sink.n} samples: "
-                                   "per-sample gradients need the batch as the first dimension of every counted layer")
-            with torch.no_grad(): self._rule(module, call, grads)
-        return hook
-
-    def _rule(self, module, call, grads):
-        rule, n = RULES.get(type(module)), self.sink.n
-        if rule and len(call.args) == 1 and not call.kwargs and len(grads) == 1:
-            x, grad = call.args[0].unflatten(0, (n, -1)), grads[0].unflatten(0, (n, -1))
-            if rule(module, x, grad, self.sink) is not NotImplemented: return
-        _generic(module, call, grads, self.sink)
 
 # %% ../nbs/05_gradients.ipynb #172bccde
 class Gradients(NamedTuple):

@@ -119,13 +119,24 @@ def _checksum(tensors):
 
 def _damaged(path, why): return ValueError(f"{path} is damaged ({why}): remove that file and collect again; only its samples are computed anew")
 
-# %% ../nbs/06_store.ipynb #d30ef38c
-class Store:
-    """A folder of compressed gradients. Made by `dmin.collect`; `Store(folder)` opens one.
+# %% ../nbs/06_store.ipynb #de8613e1
+def _read_manifest(folder):
+    path = folder / "manifest.json"
+    if not path.exists():
+        if any(folder.glob("shard-*.safetensors")):
+            raise ValueError(f"{folder} has shards but no manifest.json: it is half of a store. Copy the whole folder, or collect into a new one")
+        raise FileNotFoundError(f"there is no store in {folder}: make one with dmin.collect")
+    try:
+        fields = json.loads(path.read_text())
+        version = fields["format"]
+    except (ValueError, KeyError, TypeError) as e: raise ValueError(f"{path} cannot be read ({e}): restore it, or collect into a new folder") from e
+    if version != FORMAT: raise ValueError(f"{folder} has format version {version}, this dmin reads {FORMAT}: use the dmin that wrote it, or collect anew")
+    try: return Manifest(**fields)
+    except TypeError as e: raise ValueError(f"{path} cannot be read ({e}): restore it, or collect into a new folder") from e
 
-    Opening checks every shard against its checksum, unless `verify=False` (then only its size and what it belongs to). Raises `FileNotFoundError`
-    when there is no store, `ValueError` when it is of another format version, half-written or damaged, naming the file and the way out.
-    """
+# %% ../nbs/06_store.ipynb #d5ceae91
+class _Files:
+    """A store's folder, manifest and shards."""
 
     def __init__(self, folder: "str | Path", verify: bool = True):
         self.folder = Path(folder)
@@ -161,6 +172,28 @@ class Store:
         if verify and _checksum(tensors) != about.get("sha256"): raise _damaged(path, "its checksum is wrong: it was altered")
         self._shards[path.name] = shard
 
+    def write(self, rows, compressed: torch.Tensor, norms: torch.Tensor, losses: torch.Tensor) -> None:
+        """One shard: `compressed` (n, T, v) of the unnormalised gradients, as `dmin.gradients` computes them."""
+        rows = torch.as_tensor(rows, dtype=torch.int64)
+        tensors = {"rows": rows, "norms": norms.clone(), "losses": losses.clone(), **encode(compressed / norms[..., None], self.manifest.dtype)}
+        about = {"dmin": json.dumps({"store": self._fingerprint, "sha256": _checksum(tensors)})}   # one entry: safetensors does not keep their order
+        path = self.folder / f"shard-{int(rows[0]):08d}.safetensors"
+        write_atomically(path, lambda temporary: save_file(tensors, temporary, about))
+        self._open(path, verify=False)
+
+    def extend(self, ids: list[str]) -> None:
+        """Announces new samples, which are missing until they are written."""
+        self.manifest.sample_ids += ids
+        self._write_manifest()
+
+# %% ../nbs/06_store.ipynb #a800a5c2
+class Store(_Files):
+    """A folder of compressed gradients. Made by `dmin.collect`; `Store(folder)` opens one.
+
+    Opening checks every shard against its checksum, unless `verify=False` (then only its size and what it belongs to). Raises `FileNotFoundError`
+    when there is no store, `ValueError` when it is of another format version, half-written or damaged, naming the file and the way out.
+    """
+
     def __len__(self) -> int:
         """Samples, collected or still missing."""
         return len(self.manifest.sample_ids)
@@ -182,20 +215,6 @@ class Store:
         if missing := self.missing():
             raise ValueError(f"{self.folder} holds {len(self) - len(missing)} of {len(self)} samples: run collect again with the same arguments "
                              "to finish it")
-
-    def write(self, rows, compressed: torch.Tensor, norms: torch.Tensor, losses: torch.Tensor) -> None:
-        """One shard: `compressed` (n, T, v) of the unnormalised gradients, as `dmin.gradients` computes them."""
-        rows = torch.as_tensor(rows, dtype=torch.int64)
-        tensors = {"rows": rows, "norms": norms.clone(), "losses": losses.clone(), **encode(compressed / norms[..., None], self.manifest.dtype)}
-        about = {"dmin": json.dumps({"store": self._fingerprint, "sha256": _checksum(tensors)})}   # one entry: safetensors does not keep their order
-        path = self.folder / f"shard-{int(rows[0]):08d}.safetensors"
-        write_atomically(path, lambda temporary: save_file(tensors, temporary, about))
-        self._open(path, verify=False)
-
-    def extend(self, ids: list[str]) -> None:
-        """Announces new samples, which are missing until they are written."""
-        self.manifest.sample_ids += ids
-        self._write_manifest()
 
     def shards(self) -> Iterator[Shard]:
         """The shards in the order of their rows."""
@@ -228,18 +247,3 @@ class Store:
         kind = "uncompressed" if m.v is None else f"v={m.v}"
         return (f"Store({str(self.folder)!r}: {done} of {len(self)} samples, {len(m.timesteps)} timesteps, {kind}, {m.dtype}, "
                 f"{self.nbytes() / 1e6:.1f} MB for gradients of {m.parameters * 4 * done * len(m.timesteps) / 1e6:.0f} MB)")
-
-# %% ../nbs/06_store.ipynb #de8613e1
-def _read_manifest(folder):
-    path = folder / "manifest.json"
-    if not path.exists():
-        if any(folder.glob("shard-*.safetensors")):
-            raise ValueError(f"{folder} has shards but no manifest.json: it is half of a store. Copy the whole folder, or collect into a new one")
-        raise FileNotFoundError(f"there is no store in {folder}: make one with dmin.collect")
-    try:
-        fields = json.loads(path.read_text())
-        version = fields["format"]
-    except (ValueError, KeyError, TypeError) as e: raise ValueError(f"{path} cannot be read ({e}): restore it, or collect into a new folder") from e
-    if version != FORMAT: raise ValueError(f"{folder} has format version {version}, this dmin reads {FORMAT}: use the dmin that wrote it, or collect anew")
-    try: return Manifest(**fields)
-    except TypeError as e: raise ValueError(f"{path} cannot be read ({e}): restore it, or collect into a new folder") from e

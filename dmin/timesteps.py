@@ -22,7 +22,7 @@ def select_timesteps(
     scheduler: SchedulerMixin,   # any diffusers scheduler
     n: int,                      # how many, 1 to `scheduler.config.num_train_timesteps`
     spacing: str = "uniform",    # a name in `SPACINGS`
-) -> torch.Tensor:               # (n,) int64, ascending, distinct
+) -> torch.Tensor:               # (n,) int64, ascending, distinct; fewer than n where a spacing visits one twice
     """The timesteps at which gradients are collected.
 
     Raises `ValueError` when `n` is out of range or `spacing` is unknown. Source: DMin, section 3.1 (sampling a subset of timesteps);

@@ -39,9 +39,8 @@ def test_compressed_scores_estimate_the_uncompressed(pipe, digits, tmp_path):
     queries = digits.select([1, 2])
     exact = collect(pipe, digits, tmp_path / "exact", v=None, timesteps=3, dtype="float32", progress=False).influence(queries).per_timestep
     d = sum(p.numel() for p in pipe.unet.parameters())
-    errors = [collect(pipe, digits, tmp_path / str(s), v=512, timesteps=3, seed=s, dtype="float32", progress=False) for s in ()]
     noise = collect(pipe, digits, tmp_path / "c", v=512, timesteps=3, dtype="float32", progress=False).influence(queries).per_timestep - exact
-    assert not errors and exact.abs().max() <= 1 + 1e-5
+    assert exact.abs().max() <= 1 + 1e-5
     assert noise.std() < 2 * standard_error(512, d, inner=1.)
 
 

@@ -19,7 +19,7 @@ def test_imports_no_development_tools():
 
 
 def test_no_pickle_anywhere():
-    for path in ROOT.glob("dmin/**/*.py"): assert not re.search(r"\bpickle\b|torch\.load\(|torch\.save\(", path.read_text()), path
+    for path in ROOT.glob("dmin/**/*.py"): assert not re.search(r"pickle|torch\.load\(|torch\.save\(", path.read_text()), path
 
 
 def test_modules_import_only_lower_numbers():
@@ -35,7 +35,7 @@ def test_modules_import_only_lower_numbers():
 def test_shipped_pipeline_opens_in_plain_diffusers():
     folder = data_folder() / "tiny" / "ddpm-mnist"
     assert sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()) <= 4_000_000
-    pipe = DDPMPipeline.from_pretrained(folder)
+    pipe = DDPMPipeline.from_pretrained(str(folder))
     assert pipe.unet.config.in_channels == 1 and pipe.scheduler.config.num_train_timesteps == 1000
     assert not [p for p in folder.rglob("*") if p.suffix in (".bin", ".pt", ".ckpt")]
 

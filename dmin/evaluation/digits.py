@@ -125,7 +125,7 @@ def save_classifier(
     classifier: DigitClassifier,
     path: str | Path,  # a file, usually *.safetensors
 ) -> None:
-    "Writes weights and shape to one safetensors file; no pickle."
+    "Writes weights and shape to one safetensors file."
     shape = {"size": classifier.size, "channels": classifier.channels, "classes": classifier.classes}
     save_file(classifier.state_dict(), str(path), metadata={"dmin": json.dumps(shape)})
 
