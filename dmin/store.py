@@ -181,6 +181,10 @@ class _Files:
         write_atomically(path, lambda temporary: save_file(tensors, temporary, about))
         self._open(path, verify=False)
 
+    def nbytes(self) -> int:
+        """Size on disk, in bytes."""
+        return sum(p.stat().st_size for p in self.folder.iterdir() if p.is_file())
+
     def extend(self, ids: list[str]) -> None:
         """Announces new samples, which are missing until they are written."""
         self.manifest.sample_ids += ids
@@ -237,10 +241,6 @@ class Store(_Files):
         out = torch.full((len(self), len(self.manifest.timesteps)), torch.nan)
         for shard in self.shards(): out[shard.rows] = getattr(shard, what)
         return out
-
-    def nbytes(self) -> int:
-        """Size on disk, in bytes."""
-        return sum(p.stat().st_size for p in self.folder.iterdir() if p.is_file())
 
     def __repr__(self):
         m, done = self.manifest, len(self) - len(self.missing())
