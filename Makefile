@@ -5,6 +5,8 @@ VENV ?= .venv
 # auto: PyTorch's CPU builds where no NVIDIA GPU is found; none: pip's usual indexes; or the address of an index
 TORCH_INDEX ?= auto
 DMIN_PRESET ?= mini
+# notebooks and tests that run at the same time, one thread each
+JOBS ?= 2
 
 PY := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
@@ -35,10 +37,11 @@ quickstart: $(INSTALLED)
 test: export DMIN_PRESET = smoke
 test: export DMIN_OUT = $(CURDIR)/out/smoke
 test: export HF_HUB_OFFLINE = 1
+test: export OMP_NUM_THREADS = 1
 test: $(INSTALLED)
 	$(PY) tools/check_notebooks.py
-	$(PY) -m pytest --nbmake --nbmake-kernel=python3 --nbmake-timeout=900 --durations=10 nbs
-	$(PY) -m pytest --durations=10 tests
+	$(PY) -m pytest -n $(JOBS) --nbmake --nbmake-kernel=python3 --nbmake-timeout=900 --durations=10 nbs
+	$(PY) -m pytest -n $(JOBS) --durations=10 tests
 
 export: $(INSTALLED)
 	$(VENV)/bin/nbdev_export

@@ -40,7 +40,7 @@ from .objective import Objective, make_objective
 def tiny_unet(
     size: int = 16,                             # height and width of the images
     in_channels: int = 1,                       # 1 for grey, 3 for colour
-    channels: Sequence[int] = (32, 48, 64),     # width of each level, a multiple of 16; each level halves the image
+    channels: Sequence[int] = (16, 32, 64),     # width of each level, a multiple of 16; each level halves the image
     layers: int = 1,                            # residual blocks a level
     seed: int = 0,                              # of the weights
 ) -> UNet2DModel:
@@ -62,7 +62,7 @@ def tiny_unet(
 def tiny_ddpm(
     size: int = 16,                          # height and width of the images
     in_channels: int = 1,                    # 1 for grey, 3 for colour
-    channels: Sequence[int] = (32, 48, 64),  # width of each level
+    channels: Sequence[int] = (16, 32, 64),  # width of each level
     layers: int = 1,                         # residual blocks a level
     seed: int = 0,                           # of the weights
 ) -> DDPMPipeline:
