@@ -6,6 +6,7 @@
 __all__ = ['collect', 'open_store', 'add', 'query_gradients']
 
 # %% ../nbs/07_collect.ipynb #c816ed3c
+import operator
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,25 +22,45 @@ from .store import Manifest, Store
 from .timesteps import select_timesteps
 
 # %% ../nbs/07_collect.ipynb #f2bd3b61
-def _compute(store: Store, samples, rows, batch_size: int, progress: bool = False) -> Gradients:
+def _compute(store: Store, samples, rows, batch_size: int, name: str = "sample", verify: bool = False, progress: bool = False) -> Gradients:
     """The gradients of some rows of `samples`, by the recipe in the store's manifest."""
     m = store.manifest
-    return sample_gradients(store.objective, samples.select(rows), torch.tensor(m.timesteps), store.compressor, m.noise_seed, m.noises, batch_size,
-                            names=rows, progress=progress)
+    found = sample_gradients(store.objective, samples.select(rows), torch.tensor(m.timesteps), store.compressor, m.noise_seed, m.noises, batch_size,
+                             [f"{name} {i}" for i in rows], verify, progress)
+    return found._replace(recipe=m.fingerprint())
 
 
 def _fill(store, batch_size, progress):
-    """Computes and writes what is missing, shard by shard."""
+    """Computes and writes what is missing, shard by shard; the first batch is checked against autograd."""
+    store.remove_leftovers()
     size, missing = store.manifest.shard_size, store.missing()
     shards: dict[int, list[int]] = {}
     for row in missing: shards.setdefault(row // size, []).append(row)
     with tqdm(total=len(store), initial=len(store) - len(missing), desc="collecting gradients", unit="sample", disable=not progress) as bar:
-        for rows in shards.values():
-            store.write(rows, *_compute(store, store.samples, rows, batch_size))
+        for i, rows in enumerate(shards.values()):
+            store.write(rows, *_compute(store, store.samples, rows, batch_size, verify=i == 0)[:3])
             bar.update(len(rows))
     return store
 
 # %% ../nbs/07_collect.ipynb #b69073fc
+def _timesteps(objective, timesteps, spacing):
+    """The list of timesteps that an argument means: how many, or which."""
+    if isinstance(timesteps, int): timesteps = select_timesteps(objective.scheduler, timesteps, spacing)
+    elif isinstance(timesteps, (str, float)): raise ValueError(f"timesteps={timesteps!r}: give how many, such as 10, or which, such as [0, 500]")
+    try: timesteps = [operator.index(t) for t in (timesteps.tolist() if hasattr(timesteps, "tolist") else timesteps)]
+    except TypeError as e: raise ValueError(f"timesteps={timesteps!r}: whole numbers are needed") from e
+    objective.check_timesteps(timesteps)
+    return timesteps
+
+
+def _about_samples(stored, given):
+    """The way out when one data set is the beginning of the other."""
+    if stored == given: return ""
+    if stored[:len(given)] == given: return f", and all {len(stored)} samples that it holds: {len(stored) - len(given)} were added later"
+    if given[:len(stored)] == stored: return ". To append new samples, use store.add(samples)"
+    return ""
+
+
 def collect(
     pipe,                                # a pipeline, or an objective made of one
     samples,                             # training data set; columns as the pipeline's family needs
@@ -53,7 +74,7 @@ def collect(
     dtype: str = "float16",              # of the numbers on disk: float32, float16 or int8
     parameters=None,                     # name patterns of the parameters that count; None: adapters if any, else all
     batch_size: int = 64,                # (sample, timestep, noise) rows a pass
-    shard_size: int = 64,                # samples a file
+    shard_size: "int | None" = None,     # samples a file; None: 64, or fewer where 64 would need more than 256 MB
     progress: bool = True,               # show a bar
 ) -> Store:
     """Collects the compressed gradients of all samples; resumes when the folder holds an unfinished store of the same recipe.
@@ -62,17 +83,17 @@ def collect(
     full; and what `dmin.gradients.sample_gradients` raises. Whatever was written stays valid. Source: DMin, section 3.1.
     """
     objective, samples, folder = make_objective(pipe, parameters), as_samples(samples), Path(folder)
-    d = sum(p.numel() for p in objective.parameters.values())
-    make_compressor(d, v)   # complains about v before anything is computed
-    if isinstance(timesteps, int): timesteps = select_timesteps(objective.scheduler, timesteps, spacing).tolist()
-    objective.check_timesteps(timesteps)
-    manifest = Manifest(type(objective).__name__, objective.fingerprint(), d, [int(t) for t in timesteps], v, seed, seed, noises, dtype, shard_size,
-                        sample_ids(samples))
+    d, timesteps = sum(p.numel() for p in objective.parameters.values()), _timesteps(objective, timesteps, spacing)
+    width = make_compressor(d, v).v   # complains about v before anything is computed
+    if batch_size < 1: raise ValueError(f"batch_size={batch_size}: a pass has at least one row")
+    if shard_size is None: shard_size = max(1, min(64, 2**28 // (4 * len(timesteps) * width)))
+    manifest = Manifest(type(objective).__name__, objective.fingerprint(), d, timesteps, v, seed, seed, noises, dtype, shard_size, sample_ids(samples))
+    objective.check(samples)
     if (folder / "manifest.json").exists():
         store = Store(folder)
         if words := store.manifest.differences(manifest):
-            raise ValueError(f"{folder} holds a store of another recipe: " + "; ".join(words) + ". Choose another folder, pass the same arguments, "
-                             "or use store.add(samples) to append new samples")
+            raise ValueError(f"{folder} holds a store of another recipe: " + "; ".join(words) + ". Choose another folder or pass the same arguments"
+                             + _about_samples(store.manifest.sample_ids, manifest.sample_ids))
     else: store = Store.create(folder, manifest)
     store.objective, store.samples = objective, samples
     return _fill(store, batch_size, progress)
@@ -88,12 +109,14 @@ def open_store(folder: "str | Path", pipe=None, samples=None, parameters=None, v
     if pipe is not None:
         objective = make_objective(pipe, parameters)
         mine = replace(m, model=objective.fingerprint(), objective=type(objective).__name__)
-        if words := m.differences(mine): raise ValueError(f"{folder} was collected from another model: " + "; ".join(words))
+        if words := m.differences(mine):
+            raise ValueError(f"{folder} was collected from another model: " + "; ".join(words) + ". Pass the pipeline that it was collected from, with the same "
+                             "parameters=, or collect into a new folder")
         store.objective = objective
     if samples is not None:
         samples = as_samples(samples)
         if words := m.differences(replace(m, sample_ids=sample_ids(samples))):
-            raise ValueError(f"{folder} was collected from another data set: " + "; ".join(words))
+            raise ValueError(f"{folder} was collected from another data set: " + "; ".join(words) + ". Pass the one that it was collected from, in its order")
         store.samples = samples
     return store
 
@@ -104,18 +127,28 @@ def add(
     batch_size: int = 64,     # rows a pass
     progress: bool = True,    # show a bar
 ) -> Store:
-    """Appends new samples to a complete store that knows its pipeline and its samples. Raises `ValueError` when it does not."""
+    """Appends new samples to a complete store that knows its pipeline and its samples; called again after an interruption, it goes on.
+
+    Raises `ValueError` when the store does not know them or is incomplete, and for samples that cannot be encoded; then nothing is changed.
+    """
     if store.objective is None or store.samples is None:
         raise ValueError("this store does not know its pipeline and its samples: open it with open_store(folder, pipe, samples)")
-    store.check_complete()
     samples = as_samples(samples)
     if absent := [c for c in store.samples.column_names if c not in samples.column_names]:
         raise ValueError(f"the new samples lack the column {absent[0]!r}: they have {', '.join(samples.column_names)}")
     new = samples.select_columns(store.samples.column_names)
     if new.features != store.samples.features: new = new.cast(store.samples.features)
-    store.extend(sample_ids(new))
+    ids, known = sample_ids(new), len(store.samples)
+    if store.manifest.sample_ids[known:] != ids:   # else they were announced by a call that was interrupted
+        store.check_complete()
+        store.objective.check(new)
+        _compute(store, new, [0], batch_size)   # a gradient that cannot be taken is noticed before the manifest changes
+        store.extend(ids)
     store.samples = concatenate_datasets([store.samples, new])
-    return _fill(store, batch_size, progress)
+    try: return _fill(store, batch_size, progress)
+    except BaseException:
+        if store.missing(): store.samples = store.samples.select(range(known))
+        raise
 
 
 Store.add = add
@@ -130,7 +163,7 @@ def query_gradients(
     """The queries' compressed gradients, by the store's recipe. Raises `ValueError` when the store does not know its pipeline."""
     if store.objective is None: raise ValueError("this store does not know its pipeline: open it with open_store(folder, pipe)")
     queries = as_samples(queries)
-    return _compute(store, queries, range(len(queries)), batch_size, progress)
+    return _compute(store, queries, range(len(queries)), batch_size, "query", progress=progress)
 
 
 Store.query_gradients = query_gradients

@@ -188,6 +188,7 @@ def as_samples(
     if isinstance(x, DatasetDict): raise ValueError(f"a DatasetDict holds several data sets: choose one of its splits {', '.join(x)}")
     if not isinstance(x, Dataset): x = _from_rows(x)
     if len(x) == 0: raise ValueError("the data set is empty: there is no sample in it")
+    if x.format["type"]: x = x.with_format(None)   # tensors of another library instead of images
     if "image" not in x.column_names: raise ValueError(f"the data set has no column 'image'; its columns are {', '.join(x.column_names)}")
     if not isinstance(x.features["image"], ImageFeature):
         try: x = x.cast_column("image", ImageFeature())
@@ -198,24 +199,26 @@ def as_samples(
 _MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 
 
-def _to_array(image, position: int, size: tuple[int, int], channels: int) -> np.ndarray:
-    """(H, W, C) float32 in [-1, 1]; `position` is for the errors."""
+def _to_array(image, name: str, size: tuple[int, int], channels: int) -> np.ndarray:
+    """(H, W, C) float32 in [-1, 1]; `name` is for the errors."""
+    if isinstance(image, Image.Image) and image.mode in ("P", "HSV", "LAB", "YCbCr", "CMYK"):
+        raise ValueError(f"{name} has mode {image.mode}, whose values are not grey levels or red, green and blue: use image.convert({_MODES.get(channels)!r})")
     a = np.asarray(image)
     said = f"mode {image.mode}" if isinstance(image, Image.Image) else f"an array of shape {a.shape}"
     if a.dtype != np.uint8 and a.dtype.kind != "f":
-        raise ValueError(f"image {position} holds {a.dtype} values ({said}): expected uint8 or floats in [0, 1]; "
+        raise ValueError(f"{name} holds {a.dtype} values ({said}): expected uint8 or floats in [0, 1]; "
                          f"load_images(…, mode={_MODES.get(channels)!r}) or image.convert({_MODES.get(channels)!r}) gives them")
     if a.ndim == 2: a = a[:, :, None]
     if a.ndim != 3 or a.shape[2] != channels:
-        raise ValueError(f"image {position} has {said}, expected {channels} channel{'s'[:channels > 1]} (mode {_MODES.get(channels)}): "
+        raise ValueError(f"{name} has {said}, expected {channels} channel{'s'[:channels > 1]} (mode {_MODES.get(channels)}): "
                          f"use load_images(…, mode={_MODES.get(channels)!r}) or image.convert({_MODES.get(channels)!r})")
     if a.shape[:2] != size:
-        raise ValueError(f"image {position} has {a.shape[0]}×{a.shape[1]} pixels (height×width), expected {size[0]}×{size[1]}: "
+        raise ValueError(f"{name} has {a.shape[0]}×{a.shape[1]} pixels (height×width), expected {size[0]}×{size[1]}: "
                          f"use load_images(…, size={size[0] if size[0] == size[1] else size}) or image.resize({size[::-1]})")
     if a.dtype == np.uint8: return a.astype(np.float32) / 127.5 - 1
-    if not np.isfinite(a).all(): raise ValueError(f"image {position} has {(~np.isfinite(a)).sum()} values that are NaN or infinite")
+    if not np.isfinite(a).all(): raise ValueError(f"{name} has {(~np.isfinite(a)).sum()} values that are NaN or infinite")
     if a.min() < 0 or a.max() > 1:
-        raise ValueError(f"image {position} has values from {a.min():.4g} to {a.max():.4g}, expected floats in [0, 1]: "
+        raise ValueError(f"{name} has values from {a.min():.4g} to {a.max():.4g}, expected floats in [0, 1]: "
                          "use (x + 1) / 2 for values in [-1, 1], x / 255 for values up to 255")
     return a.astype(np.float32) * 2 - 1
 
@@ -224,13 +227,14 @@ def images_to_tensor(
     images: Iterable,              # PIL images, uint8 arrays or float arrays in [0, 1], each (H, W) or (H, W, C)
     size: int | tuple[int, int],   # the side, or (height, width), that each must have
     channels: int,                 # 1 for grey, 3 for RGB
+    names=None,                    # what errors call the images; default: "image 0", …
 ) -> torch.Tensor:                 # (B, C, H, W) float32 in [-1, 1]
     """Images as a diffusion model takes them.
 
     Raises `ValueError` for the first image of another size, mode or value range or with NaN: which one, what it has, what was expected and
     what gives it. Raises it too when there are no images.
     """
-    arrays = [_to_array(image, i, _pair(size), channels) for i, image in enumerate(images)]
+    arrays = [_to_array(image, f"image {i}" if names is None else names[i], _pair(size), channels) for i, image in enumerate(images)]
     if not arrays: raise ValueError("there are no images: the list is empty")
     return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous()
 
@@ -256,6 +260,7 @@ def sample_ids(
 
 
 def _sample_id(image: Image.Image, prompt: str | None) -> str:
+    if image is None: raise ValueError("a row has no image (None): drop such rows, data_set.filter(lambda row: row['image'] is not None)")
     digest = hashlib.blake2b(f"{image.mode} {image.width} {image.height} ".encode(), digest_size=8)
     digest.update(image.tobytes())
     if prompt is not None: digest.update(b"prompt" + prompt.encode())

@@ -30,9 +30,9 @@ class Sink:
     """Takes per-sample gradients of single parameters; holds what is left of them: compressed gradients and squared norms."""
 
     def __init__(self, parameters: dict[str, nn.Parameter], compressor):
-        self.compressor, self._start, self._memory = compressor, {}, {}
+        self.compressor, self.starts, self._memory = compressor, {}, {}   # starts: where each parameter begins, by id
         starts = accumulate((p.numel() for p in parameters.values()), initial=0)
-        for p, start in zip(parameters.values(), starts): self._start[id(p)] = start
+        self.starts.update((id(p), start) for p, start in zip(parameters.values(), starts))
 
     def begin(self, n: int, uses: Counter, device):
         """Start `n` samples. `uses` counts how often each parameter is used in the forward pass, by id."""
@@ -43,7 +43,7 @@ class Sink:
 
     def wants(self, parameter) -> bool:
         """Whether this parameter's gradient counts."""
-        return parameter is not None and id(parameter) in self._start
+        return parameter is not None and id(parameter) in self.starts
 
     def add(self, parameter: nn.Parameter, gradient: torch.Tensor, first: int = 0, offset: int = 0):
         """Gradients (m, k) of samples `first` to `first + m`: elements `offset` to `offset + k` of the parameter's, in the order of
@@ -57,7 +57,7 @@ class Sink:
     def _take(self, key, gradient, samples, offset):
         gradient = gradient.float()
         self._squares[samples] += torch.linalg.vector_norm(gradient, dim=1).double().square()
-        self.compressor.add_(self._total[samples], gradient, self._start[key] + offset)
+        self.compressor.add_(self._total[samples], gradient, self.starts[key] + offset)
 
     def finish(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Compressed gradients (n, v) and norms (n,)."""
@@ -205,21 +205,24 @@ class _Call(NamedTuple):
     versions: list    # of the inputs, to notice when they are changed in place
 
 # %% ../nbs/05_gradients.ipynb #036e5c34
-def _keep(name, back):
-    """A forward hook that records a call and has `back(call, gradients of its outputs)` run in the backward pass."""
+def _keep(name, back, handles):
+    """A forward hook that records a call and has `back(call, gradients of its outputs)` run in the backward pass.
+
+    What it registers goes into `handles`, to be removed afterwards: graph and hook hold each other, and no garbage collector sees that.
+    """
     def hook(module, args, kwargs, output):
         outputs, layout = tree_flatten(output)
         places = [i for i, o in enumerate(outputs) if torch.is_tensor(o) and o.is_floating_point()]
         for i in places:   # cloned, since a leaf may not be changed in place, and a hook on a view that is changed in place never runs
             if not outputs[i].requires_grad: outputs[i] = outputs[i].detach().requires_grad_().clone()   # the graph begins here
             elif outputs[i]._is_view(): outputs[i] = outputs[i].clone()
-        inputs = [(x, x._version) for x in tree_flatten((args, kwargs))[0] if torch.is_tensor(x)]
-        kept = tree_map(lambda x: x.detach() if torch.is_tensor(x) else x, (args, kwargs))
+        kept = tree_map(lambda x: x.detach() if torch.is_tensor(x) else x, (args, kwargs))   # shares the count of changes in place
+        inputs = [(x, x._version) for x in tree_flatten(kept)[0] if torch.is_tensor(x)]
         call = _Call(name or "the model", module, *kept, len(outputs[places[0]]), places, inputs)
         watched = [outputs[i] for i in places]
         like = [(w.shape, w.dtype, w.device) for w in watched]
         def with_zeros(grads): back(call, [torch.zeros(s, dtype=t, device=d) if g is None else g for g, (s, t, d) in zip(grads, like)])
-        torch.autograd.graph.register_multi_grad_hook(watched, with_zeros)
+        handles.append(torch.autograd.graph.register_multi_grad_hook(watched, with_zeros))
         return tree_unflatten(outputs, layout)
     return hook
 
@@ -248,7 +251,8 @@ class PerSampleGradients:
     """
 
     def __init__(self, model: nn.Module, parameters: dict[str, nn.Parameter], compressor):
-        self.model, self.sink, self._recording = model, Sink(parameters, compressor), False
+        self.model, self.parameters, self.sink = model, parameters, Sink(parameters, compressor)
+        self._recording, self._handles = False, []
 
     def __enter__(self):
         self._trained = {p: p.requires_grad for p in self.model.parameters()}
@@ -265,8 +269,32 @@ class PerSampleGradients:
         for m, training in self._training.items(): m.training = training
         self._hooks, self._trained, self._training = [], {}, {}
 
+    def verify(self, loss: Callable[[], torch.Tensor], n: int, compressed: torch.Tensor, norms: torch.Tensor):
+        """Checks a weighted sum of the per-sample gradients against autograd's gradient of the weighted loss, at the cost of one more pass.
+
+        Notices what no rule can: a weight used without its layer's forward, a layer whose first dimension is not the batch. Raises `RuntimeError`.
+        """
+        weights = torch.linspace(.5, 1.5, n, device=compressed.device)   # unequal, so that no sample passes for another
+        compressor = self.sink.compressor
+        total, start = compressor.zeros(1, device=compressed.device), dict(self.sink.starts)
+        def take(p):   # compressed and freed at once, so the summed gradient is never held whole either
+            compressor.add_(total, flatten_like_gradient(p.grad.float()).flatten()[None], start[id(p)])
+            p.grad = None
+        handles = [p.requires_grad_(True).register_post_accumulate_grad_hook(take) for p in self.parameters.values()]
+        try:
+            with torch.inference_mode(False), torch.enable_grad():
+                (loss().unflatten(0, (n, -1)).mean(1) * weights).sum().backward()
+        finally:
+            for h in handles: h.remove()
+            for p in self.parameters.values(): p.requires_grad_(False)
+        error = float((compressor.finish(total)[0] - weights @ compressed).norm() / norms.norm())
+        allowed = 1e-3 if all(p.dtype == torch.float32 for p in self.parameters.values()) else .1
+        if not error < allowed:
+            raise RuntimeError(f"the per-sample gradients do not add up to the batch's (relative error {error:.1g}): a module uses a weight of another one "
+                               "directly, or works on something else than the batch in its first dimension. Leave its parameters out with parameters=…")
+
     def _hook(self, name):
-        keep = _keep(name, self._back)
+        keep = _keep(name, self._back, self._handles)
         def hook(module, *rest):
             if not self._recording: return None   # the generic path runs modules again
             self._uses.update(id(p) for p in module.parameters() if self.sink.wants(p))
@@ -278,14 +306,22 @@ class PerSampleGradients:
 
     def __call__(self, loss: Callable[[], torch.Tensor], n: int):
         """Returns compressed gradients (n, v) float32, norms (n,) and losses (rows,). See the class."""
-        self._uses, self._recording = Counter(), True
-        try:
-            with torch.enable_grad(): losses = loss()
-        finally: self._recording = False
+        with torch.inference_mode(False), torch.enable_grad():
+            self._uses, self._recording = Counter(), True
+            try:
+                try: losses = loss()
+                finally: self._recording = False
+                self._check_losses(losses, n)
+                self.sink.begin(n, self._uses, losses.device)
+                (losses.sum() / (len(losses) // n)).backward()
+            finally:
+                for h in self._handles: h.remove()
+                self._handles.clear()
+            return *self.sink.finish(), losses.detach()
+
+    def _check_losses(self, losses, n):
         if losses.ndim != 1 or len(losses) % n: raise ValueError(f"the loss must have one value a row: shape ({n},), not {tuple(losses.shape)}")
-        self.sink.begin(n, self._uses, losses.device)
-        (losses.sum() / (len(losses) // n)).backward()
-        return *self.sink.finish(), losses.detach()
+        if not losses.requires_grad: raise ValueError("the loss does not depend on the counted parameters: are they those of the network that it uses?")
 
 # %% ../nbs/05_gradients.ipynb #172bccde
 class Gradients(NamedTuple):
@@ -293,6 +329,7 @@ class Gradients(NamedTuple):
     compressed: torch.Tensor   # (n, T, v) float32, of the unnormalised gradient
     norms: torch.Tensor        # (n, T) float32, L2 norm of the gradient before compression
     losses: torch.Tensor       # (n, T) float32
+    recipe: str = ""           # fingerprint of the store whose recipe was followed, if any
 
 
 def sample_gradients(
@@ -302,8 +339,9 @@ def sample_gradients(
     compressor,                    # see dmin.compression.make_compressor
     seed: int = 0,                 # of the noise
     noises: int = 1,               # draws of noise whose mean gradient is taken
-    batch_size: int = 64,          # (sample, timestep, noise) rows a pass; does not change the result beyond rounding
-    names=None,                    # (n,) how to call the samples in errors; default: their positions
+    batch_size: int = 64,          # (sample, timestep, noise) rows a pass, at least `noises`; does not change the result beyond rounding
+    names=None,                    # (n,) how to call the samples in errors; default: "sample 0", …
+    verify: bool = False,          # check the first batch against autograd's summed gradient
     progress: bool = False,        # show a bar
 ) -> Gradients:
     """The compressed gradient of each sample's loss at each timestep, on the CPU.
@@ -313,21 +351,23 @@ def sample_gradients(
     """
     objective.check_timesteps(timesteps)
     device, T, n = objective.device, len(timesteps), len(samples)
-    eps, names = draw_noise(objective.shape, timesteps, seed, noises).to(device), range(n) if names is None else names
-    encoded = {k: x.to(device) for k, x in objective.encode(samples[:]).items()}
-    steps, found = torch.as_tensor(timesteps, device=device), []
+    eps, names = draw_noise(objective.shape, timesteps, seed, noises).to(device), names or [f"sample {i}" for i in range(n)]
+    encoded = {k: x.to(device) for k, x in objective.encode(samples[:], names).items()}
+    steps = torch.as_tensor(timesteps, device=device)
+    found = Gradients(torch.empty(n * T, compressor.v), torch.empty(n * T), torch.empty(n * T))
     pairs = range(0, n * T, max(1, batch_size // noises))
     with PerSampleGradients(objective.model, objective.parameters, compressor) as gradients:
         for first in tqdm(pairs, desc="gradients", unit="batch", disable=not progress):
             pair = torch.arange(first, min(n * T, first + pairs.step), device=device)
             i, k = pair // T, pair % T
             rows = {name: x[i].repeat_interleave(noises, 0) for name, x in encoded.items()}
-            c, norms, losses = gradients(lambda: objective.loss(rows, steps[k].repeat_interleave(noises), eps[k].flatten(0, 1)), len(pair))
+            def loss(): return objective.loss(rows, steps[k].repeat_interleave(noises), eps[k].flatten(0, 1))
+            c, norms, losses = gradients(loss, len(pair))
             losses = losses.view(len(pair), noises).mean(1)
             _check_finite(losses, norms, names, i, steps[k])
-            found.append((c.cpu(), norms.cpu(), losses.float().cpu()))
-    c, norms, losses = (torch.cat(x) for x in zip(*found))
-    return Gradients(c.view(n, T, -1), norms.view(n, T), losses.view(n, T))
+            if verify and first == 0: gradients.verify(loss, len(pair), c, norms)
+            for whole, part in zip(found[:3], (c, norms, losses)): whole[first:first + len(pair)] = part
+    return Gradients(*(x.unflatten(0, (n, T)) for x in found[:3]))
 
 # %% ../nbs/05_gradients.ipynb #4ef6adb2
 def _check_finite(losses, norms, names, i, t):
@@ -335,6 +375,6 @@ def _check_finite(losses, norms, names, i, t):
         if not bad.any(): continue
         at = int(bad.nonzero()[0])
         raise FloatingPointError(
-            f"the {what} of sample {names[int(i[at])]} at timestep {int(t[at])} is {values[at].item():g}. "
+            f"the {what} of {names[int(i[at])]} at timestep {int(t[at])} is {values[at].item():g}. "
             + ("A zero gradient has no direction to normalise: are the counted parameters the ones that the loss depends on?" if values[at] == 0 else
                "Check the image and the weights; half-precision weights overflow easily (load the pipeline in float32 or bfloat16)"))

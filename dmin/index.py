@@ -6,8 +6,8 @@
 __all__ = ['Index', 'build_index', 'open_index']
 
 # %% ../nbs/09_index.ipynb #7bf5f2a4
+import errno
 import json
-from pathlib import Path
 
 import hnswlib
 import numpy as np
@@ -17,7 +17,7 @@ from tqdm import tqdm
 from .collect import query_gradients
 from .data import as_samples
 from .gradients import Gradients
-from .influence import Ranking, cosines
+from .influence import Ranking, cosines, query_vectors
 from .store import Store, decode, write_atomically
 
 # %% ../nbs/09_index.ipynb #2f92f997
@@ -37,16 +37,21 @@ class Index:
         k: int = 10,             # how many
         ef: int = 200,           # candidates kept while searching; more: slower, higher recall
         rerank: bool = False,    # order the `ef` best candidates by their exact scores
+        weights=None,            # (T,) of the timesteps; None: 1 each
     ) -> Ranking:
-        """The k most influential samples of each query, nearly always. Raises `ValueError` when k is not between 1 and the number of samples."""
+        """The k most influential samples of each query, nearly always, by normalised gradients.
+
+        Raises `ValueError` when k is not between 1 and the number of samples, the queries do not fit the store, or the store has grown since.
+        """
         samples = None if isinstance(queries, Gradients) else as_samples(queries)
-        g = queries if samples is None else query_gradients(self.store, samples)
-        unit = g.compressed / g.norms[..., None]
+        unit = query_vectors(self.store, queries if samples is None else query_gradients(self.store, samples))
+        if weights is not None: unit = unit * torch.as_tensor(weights, dtype=unit.dtype)[:, None]
         rows, scores = self._candidates(unit, k, ef, rerank)
         return Ranking(rows, scores, "Most influential (HNSW)", samples, self.store.samples)
 
     def _candidates(self, unit, k, ef, rerank):
-        n = len(self.store)
+        n = self.about["samples"]
+        if n != len(self.store): raise ValueError(f"the index has {n} samples, the store has grown to {len(self.store)}: build_index again")
         if not 1 <= k <= n: raise ValueError(f"k={k} samples asked for, but the index has {n}: choose 1 to {n}")
         ef = min(n, max(k, ef))
         self._graph.set_ef(ef)
@@ -61,8 +66,7 @@ class Index:
 
     def recall(self, queries, k: int = 10, ef: int = 200, rerank: bool = False) -> float:
         """Share of the exact top-k that the index finds, mean over queries (`Gradients`, or what `search` takes)."""
-        g = queries if isinstance(queries, Gradients) else query_gradients(self.store, queries)
-        unit = g.compressed / g.norms[..., None]
+        unit = query_vectors(self.store, queries if isinstance(queries, Gradients) else query_gradients(self.store, queries))
         exact = cosines(self.store, unit).sum(2).topk(k, 1).indices
         found, _ = self._candidates(unit, k, ef, rerank)
         return float((exact[:, :, None] == found[:, None, :]).any(2).float().mean())
@@ -76,7 +80,11 @@ def build_index(
     threads: int = -1,             # 1: the same graph every time; -1: all cores
     progress: bool = True,         # show a bar
 ) -> Index:
-    """Builds the index and saves it in the store's folder, as `index.hnsw` and `index.json`. Raises `ValueError` when the store is incomplete."""
+    """Builds the index and saves it in the store's folder, as `index.hnsw` and `index.json`.
+
+    Raises `ValueError` when the store is incomplete or a parameter makes no sense, `OSError` when the disk is full.
+    """
+    if M < 2 or ef_construction < 1: raise ValueError(f"M={M}, ef_construction={ef_construction}: M is at least 2, ef_construction at least 1")
     store.check_complete()
     m = store.manifest
     dimension = len(m.timesteps) * m.width
@@ -86,22 +94,33 @@ def build_index(
         for shard in store.shards():
             graph.add_items(decode(shard.gradients, shard.scales).flatten(1).numpy(), shard.rows.numpy(), num_threads=threads)
             bar.update(len(shard.rows))
-    about = {"store": m.fingerprint(), "samples": len(store), "dimension": dimension, "M": M, "ef_construction": ef_construction, "seed": seed}
-    write_atomically(store.folder / "index.hnsw", lambda path: graph.save_index(str(path)))
+    about = {"store": m.fingerprint(), "samples": len(store), "dimension": dimension, "M": M, "ef_construction": ef_construction, "seed": seed,
+             "bytes": graph.index_file_size()}
+    write_atomically(store.folder / "index.hnsw", lambda path: _save(graph, path))
     write_atomically(store.folder / "index.json", lambda path: path.write_text(json.dumps(about)))
     return Index(store, graph, about)
 
 
+def _save(graph, path):
+    graph.save_index(str(path))   # does not notice a full disk
+    if path.stat().st_size != graph.index_file_size(): raise OSError(errno.ENOSPC, "the index was not written whole")
+
+
 def open_index(store: Store) -> Index:
-    """The index saved beside the store. Raises `FileNotFoundError` when there is none, `ValueError` when it is older than the store's last samples."""
-    about_path = store.folder / "index.json"
-    if not about_path.exists(): raise FileNotFoundError(f"there is no index in {store.folder}: make one with build_index(store)")
-    about = json.loads(about_path.read_text())
+    """The index saved beside the store.
+
+    Raises `FileNotFoundError` when there is none, `ValueError` when it is damaged or older than the store's last samples.
+    """
+    about_path, path = store.folder / "index.json", store.folder / "index.hnsw"
+    if not (about_path.exists() and path.exists()): raise FileNotFoundError(f"there is no index in {store.folder}: make one with build_index(store)")
+    try: about = json.loads(about_path.read_text())
+    except ValueError as e: raise ValueError(f"{about_path} is damaged ({e}): build_index(store) makes it again") from e
+    if path.stat().st_size != about["bytes"]: raise ValueError(f"{path} is damaged ({path.stat().st_size} bytes, not {about['bytes']}): build_index(store) makes it again")
     if about["store"] != store.manifest.fingerprint() or about["samples"] != len(store):
         raise ValueError(f"the index in {store.folder} has {about['samples']} samples, the store {len(store)}, or it is another store's: build_index again")
     graph = hnswlib.Index(space="ip", dim=about["dimension"])
-    graph.load_index(str(store.folder / "index.hnsw"), max_elements=about["samples"])
+    graph.load_index(str(path), max_elements=about["samples"])
     return Index(store, graph, about)
 
 
-Store.index = build_index
+Store.build_index, Store.open_index = build_index, open_index

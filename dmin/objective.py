@@ -10,7 +10,9 @@ __all__ = ['OBJECTIVES', 'draw_noise', 'diffusion_target', 'counted_parameters',
 import fnmatch
 import hashlib
 import json
+import re
 
+import numpy as np
 import torch
 from diffusers import DDPMScheduler
 from torch import nn
@@ -50,11 +52,11 @@ def counted_parameters(
     """The parameters whose gradient counts. Raises `ValueError` when nothing matches. Source: DMin, Figure 2(b)."""
     named = dict(model.named_parameters())
     if patterns is None:
-        return {n: p for n, p in named.items() if ".lora_" in n} or named
+        return {n: p for n, p in named.items() if re.search(r"(^|\.)lora_", n)} or named
     patterns = [patterns] if isinstance(patterns, str) else list(patterns)
     chosen = {n: p for n, p in named.items() if any(fnmatch.fnmatchcase(n, x) for x in patterns)}
     if not chosen:
-        raise ValueError(f"no parameter matches {', '.join(patterns)}: names look like {', '.join(list(named)[:3])}, …")
+        raise ValueError(f"no parameter matches {', '.join(patterns) or 'an empty list of patterns'}: names look like {', '.join(list(named)[:3])}, …")
     return chosen
 
 # %% ../nbs/04_objective.ipynb #85fe9c93
@@ -74,9 +76,15 @@ class Objective:
     @property
     def device(self): return next(self.model.parameters()).device
 
-    def encode(self, samples) -> dict[str, torch.Tensor]:
-        """Rows of a data set to what the loss needs, each of first dimension n. Computed once a sample, whatever the timesteps."""
+    def encode(self, samples, names=None) -> dict[str, torch.Tensor]:
+        """Rows of a data set to what the loss needs, each of first dimension n. Computed once a sample, whatever the timesteps.
+
+        `names` (n,) is what errors call the samples.
+        """
         raise TypeError(f"{type(self).__name__} must define encode")
+
+    def check(self, samples) -> None:
+        """Raises `ValueError` when a row of a data set cannot be encoded; cheap, so that it can be asked before hours of work."""
 
     def loss(self, encoded: dict[str, torch.Tensor], t: torch.Tensor, eps: torch.Tensor) -> torch.Tensor:
         """The loss of each row, shape (n,), at timesteps `t` (n,) and noise `eps` (n, *shape)."""
@@ -98,9 +106,10 @@ _LOSS_SETTINGS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedul
 
 
 def _fingerprint(objective):
-    config = dict(objective.scheduler.config)
-    trained = {k: config[k] for k in _LOSS_SETTINGS if config.get(k)}
-    digest = hashlib.sha256(json.dumps([type(objective).__name__, trained, list(objective.parameters)], default=list).encode())
+    def plain(config, keys): return {k: np.asarray(config[k]).tolist() for k in sorted(keys) if config.get(k) is not None}
+    model, scheduler = getattr(objective.model, "config", {}), objective.scheduler.config
+    kinds = [type(objective).__name__, type(objective.model).__name__, plain(model, [k for k in model if not k.startswith("_")])]
+    digest = hashlib.sha256(json.dumps([*kinds, plain(scheduler, _LOSS_SETTINGS), list(objective.parameters)]).encode())
     for name, tensor in sorted(objective.model.state_dict().items()):
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
         digest.update(memoryview(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()))
@@ -120,7 +129,10 @@ def register_objective(*pipelines: str):
 
 def make_objective(pipe, parameters=None) -> Objective:
     """The objective of a pipeline, chosen by its class. Raises `TypeError` when none is registered for it."""
-    if isinstance(pipe, Objective): return pipe
+    if isinstance(pipe, Objective):
+        if parameters is not None: raise ValueError("parameters were chosen when this objective was made: pass the pipeline to choose others")
+        return pipe
+    if isinstance(pipe, str): raise TypeError(f"{pipe!r} is a name, not a pipeline: load_pipeline({pipe!r}) gives one")
     for kind in type(pipe).__mro__:
         if kind.__name__ in OBJECTIVES: return OBJECTIVES[kind.__name__](pipe, parameters)
     raise TypeError(f"{type(pipe).__name__} is not supported: {', '.join(OBJECTIVES)} are. "
@@ -133,12 +145,20 @@ class DDPMObjective(Objective):
 
     def __init__(self, pipe, parameters=None):
         super().__init__(pipe, parameters)
-        size, channels = self.model.config.sample_size, self.model.config.in_channels
+        size, channels, out = (self.model.config[k] for k in ("sample_size", "in_channels", "out_channels"))
+        if size is None: raise ValueError("the network's configuration has no sample_size: set it, UNet2DModel(sample_size=…), to the images' side")
+        if out != channels: raise ValueError(f"the network has {channels} input and {out} output channels: a learned variance is not supported")
         self.shape = (channels, *((size, size) if isinstance(size, int) else size))
 
-    def encode(self, samples) -> dict[str, torch.Tensor]:
+    def encode(self, samples, names=None) -> dict[str, torch.Tensor]:
         """Images to `z0`, (n, C, H, W) in [-1, 1]. Raises `ValueError` for images of another size, mode or value range."""
-        return {"z0": images_to_tensor(samples["image"], self.shape[1:], self.shape[0])}
+        return {"z0": images_to_tensor(samples["image"], self.shape[1:], self.shape[0], names)}
+
+    def check(self, samples) -> None:
+        """Raises `ValueError` for the first image of another size, mode or value range."""
+        for first in range(0, len(samples), 256):
+            rows = range(first, min(len(samples), first + 256))
+            self.encode(samples.select(rows)[:], [f"sample {i}" for i in rows])
 
     def loss(self, encoded: dict[str, torch.Tensor], t: torch.Tensor, eps: torch.Tensor) -> torch.Tensor:
         """The loss of each row, shape (n,)."""

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
@@ -58,8 +58,12 @@ class Manifest:
 
     def __post_init__(self):
         if self.dtype not in DTYPES: raise ValueError(f"dtype {self.dtype!r} is unknown: choose one of {', '.join(DTYPES)}")
-        if self.shard_size < 1: raise ValueError(f"shard_size={self.shard_size}: a shard holds at least one sample")
+        for name in ("shard_size", "noises", "noise_seed", "compression_seed"):
+            value, least = getattr(self, name), 0 if "seed" in name else 1
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ValueError(f"{name}={value!r}: a whole number of at least {least} is needed")
         if not self.timesteps: raise ValueError("no timesteps were given: at least one is needed")
+        if len(set(self.timesteps)) < len(self.timesteps): raise ValueError(f"timesteps {self.timesteps} hold one twice: each counts once")
 
     @property
     def width(self) -> int:
@@ -74,7 +78,8 @@ class Manifest:
     def differences(self, other: "Manifest") -> list[str]:
         """In which fields `other` differs, in words; the samples are compared by number and content."""
         mine, theirs = asdict(self), asdict(other)
-        words = [f"{k} is {mine[k]}, not {theirs[k]}" for k in mine if k != "sample_ids" and mine[k] != theirs[k]]
+        say = {"model": "model (fingerprint of weights, configuration, scheduler and counted parameters)"}
+        words = [f"{say.get(k, k)} is {mine[k]}, not {theirs[k]}" for k in mine if k != "sample_ids" and mine[k] != theirs[k]]
         a, b = self.sample_ids, other.sample_ids
         if a != b:
             at = next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), None)
@@ -96,10 +101,13 @@ def write_atomically(path: Path, write) -> None:
         temporary.unlink(missing_ok=True)
         if isinstance(error, (OSError, SafetensorError)):
             raise OSError(getattr(error, "errno", None), f"could not write {path}: {error}. Is the disk full? What was stored before is intact: "
-                                                         "make room and run the same call again, it goes on where it stopped") from error
+                                                         "make room and run the same call again") from error
         raise
 
 # %% ../nbs/06_store.ipynb #102614c5
+def _ids_hash(ids): return hashlib.sha256("".join(ids).encode()).hexdigest()[:16]
+
+
 class Shard(NamedTuple):
     """The stored gradients of some samples, mapped from the disk: nothing is read before it is used."""
     rows: torch.Tensor        # (n,) int64, positions in the data set
@@ -117,14 +125,25 @@ def _checksum(tensors):
     return digest.hexdigest()
 
 
+def _alive(pid):
+    try: os.kill(pid, 0)
+    except ProcessLookupError: return False
+    except PermissionError: pass
+    return True
+
+
 def _damaged(path, why): return ValueError(f"{path} is damaged ({why}): remove that file and collect again; only its samples are computed anew")
 
 # %% ../nbs/06_store.ipynb #de8613e1
+def _refuse_orphans(folder):
+    if any(folder.glob("shard-*.safetensors")):
+        raise ValueError(f"{folder} has shards but no manifest.json: it is half of a store. Copy the whole folder, or collect into a new one")
+
+
 def _read_manifest(folder):
     path = folder / "manifest.json"
     if not path.exists():
-        if any(folder.glob("shard-*.safetensors")):
-            raise ValueError(f"{folder} has shards but no manifest.json: it is half of a store. Copy the whole folder, or collect into a new one")
+        _refuse_orphans(folder)
         raise FileNotFoundError(f"there is no store in {folder}: make one with dmin.collect")
     try:
         fields = json.loads(path.read_text())
@@ -149,7 +168,9 @@ class _Files:
     def create(cls, folder: "str | Path", manifest: Manifest) -> "Store":
         """A new, empty store. Raises `FileExistsError` when the folder holds something else."""
         folder = Path(folder)
+        if folder.exists() and not folder.is_dir(): raise FileExistsError(f"{folder} is a file: choose a new folder for the store")
         if folder.exists() and any(x for x in folder.iterdir() if not x.name.startswith(".")):
+            if not (folder / "manifest.json").exists(): _refuse_orphans(folder)
             raise FileExistsError(f"{folder} is not empty: choose a new folder for the store")
         folder.mkdir(parents=True, exist_ok=True)
         store = cls.__new__(cls)
@@ -166,9 +187,11 @@ class _Files:
             with safe_open(path, "pt") as f: tensors, about = {k: f.get_tensor(k) for k in f.keys()}, json.loads((f.metadata() or {}).get("dmin", "{}"))
             shard = Shard(**tensors)
         except (SafetensorError, TypeError, ValueError, OSError) as e: raise _damaged(path, e) from e
-        if about.get("store") != self._fingerprint:
-            raise ValueError(f"{path} belongs to another store (its fingerprint is {about.get('store')}, this one's {self._fingerprint}): move it away")
-        if len(shard.rows) and int(shard.rows.max()) >= len(self.manifest.sample_ids): raise _damaged(path, "a row beyond the data set")
+        ids = self.manifest.sample_ids
+        if len(shard.rows) and int(shard.rows.max()) >= len(ids): raise _damaged(path, "a row beyond the data set")
+        if about.get("store") != self._fingerprint or about.get("samples") != _ids_hash([ids[i] for i in shard.rows]):
+            raise ValueError(f"{path} belongs to another store, or manifest.json was changed: the recipe or the samples that it was written for are not those "
+                             "of the manifest. Move the file away if it was copied here, restore manifest.json if that was changed")
         if verify and _checksum(tensors) != about.get("sha256"): raise _damaged(path, "its checksum is wrong: it was altered")
         self._shards[path.name] = shard
 
@@ -176,19 +199,29 @@ class _Files:
         """One shard: `compressed` (n, T, v) of the unnormalised gradients, as `dmin.gradients` computes them."""
         rows = torch.as_tensor(rows, dtype=torch.int64)
         tensors = {"rows": rows, "norms": norms.clone(), "losses": losses.clone(), **encode(compressed / norms[..., None], self.manifest.dtype)}
-        about = {"dmin": json.dumps({"store": self._fingerprint, "sha256": _checksum(tensors)})}   # one entry: safetensors does not keep their order
+        about = {"store": self._fingerprint, "samples": _ids_hash([self.manifest.sample_ids[i] for i in rows]), "sha256": _checksum(tensors)}
+        about = {"dmin": json.dumps(about)}   # one entry: safetensors does not keep their order
         path = self.folder / f"shard-{int(rows[0]):08d}.safetensors"
         write_atomically(path, lambda temporary: save_file(tensors, temporary, about))
         self._open(path, verify=False)
 
+    def remove_leftovers(self) -> None:
+        """Removes temporary files of processes that were killed; those of living ones stay."""
+        for path in self.folder.glob(".*.tmp"):
+            if not _alive(int(path.name.split(".")[-2])): path.unlink(missing_ok=True)
+
     def nbytes(self) -> int:
-        """Size on disk, in bytes."""
-        return sum(p.stat().st_size for p in self.folder.iterdir() if p.is_file())
+        """Size of the shards on disk, in bytes."""
+        return sum((self.folder / name).stat().st_size for name in self._shards)
 
     def extend(self, ids: list[str]) -> None:
         """Announces new samples, which are missing until they are written."""
-        self.manifest.sample_ids += ids
-        self._write_manifest()
+        before = self.manifest
+        self.manifest = replace(before, sample_ids=before.sample_ids + ids)
+        try: self._write_manifest()
+        except OSError:
+            self.manifest = before
+            raise
 
 # %% ../nbs/06_store.ipynb #a800a5c2
 class Store(_Files):
@@ -225,16 +258,23 @@ class Store(_Files):
         yield from (self._shards[name] for name in sorted(self._shards))
 
     def vectors(self, rows=None) -> torch.Tensor:   # (n, T, v) float32
-        """Normalised compressed gradients of some rows, or of all, in memory."""
-        if rows is None: rows = torch.arange(len(self))
-        rows = torch.as_tensor(rows, dtype=torch.int64)
+        """Normalised compressed gradients of some rows, or of all, in memory. Raises `ValueError` when one is missing."""
+        shards, where, inside = self._table()
+        rows = torch.arange(len(self)) if rows is None else torch.as_tensor(rows, dtype=torch.int64)
+        if (where[rows] < 0).any(): self.check_complete()
         out = torch.empty(len(rows), len(self.manifest.timesteps), self.manifest.width)
-        for shard in self.shards():
-            at = torch.full((len(self),), -1).index_copy(0, shard.rows, torch.arange(len(shard.rows)))[rows]
-            if (here := at >= 0).any():
-                inside = at[here]
-                out[here] = decode(shard.gradients[inside], None if shard.scales is None else shard.scales[inside])
+        for s in where[rows].unique().tolist():
+            here = where[rows] == s
+            at = inside[rows[here]]
+            out[here] = decode(shards[s].gradients[at], None if shards[s].scales is None else shards[s].scales[at])
         return out
+
+    def _table(self):
+        """The shards, in which of them each row is (-1: in none), and at which place."""
+        shards = list(self.shards())
+        where, inside = torch.full((len(self),), -1), torch.zeros(len(self), dtype=torch.int64)
+        for s, shard in enumerate(shards): where[shard.rows], inside[shard.rows] = s, torch.arange(len(shard.rows))
+        return shards, where, inside
 
     def per_sample(self, what: str) -> torch.Tensor:   # (n_train, T)
         """`norms` or `losses` of all samples."""

@@ -53,7 +53,7 @@ def test_infinite_loss_names_sample_and_timestep_and_keeps_what_was_stored(pipe,
     def breaks(encoded, t, eps):
         found = loss(encoded, t, eps)
         objective.calls += 1
-        return torch.where(torch.arange(len(t)) == 5, float("nan"), found) if objective.calls == 3 else found
+        return torch.where(torch.arange(len(t)) == 5, float("nan"), found) if objective.calls == 4 else found
     objective.loss = breaks
     with pytest.raises(FloatingPointError, match="loss of sample 10 at timestep 500 is nan"): collect(objective, digits, tmp_path / "s", **RECIPE)
     assert Store(tmp_path / "s").missing() == list(range(8, 40))
@@ -124,3 +124,66 @@ def test_a_folder_with_something_else(pipe, digits, tmp_path):
     (tmp_path / "thesis.tex").write_text("important")
     with pytest.raises(FileExistsError, match="not empty"): collect(pipe, digits, tmp_path, **RECIPE)
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+@pytest.mark.parametrize("bad, said", [
+    (dict(noises=0), "noises=0"), (dict(batch_size=0), "batch_size=0"), (dict(timesteps="10"), "timesteps='10'"), (dict(timesteps=[.5]), "whole numbers"),
+    (dict(timesteps=[3, 3]), "hold one twice"), (dict(seed=1.5), "seed=1.5"), (dict(shard_size=0), "shard_size=0"), (dict(dtype="float8"), "float16"),
+    (dict(spacing="cubic"), "uniform"), (dict(parameters=[]), "empty list")])
+def test_arguments_of_collect(pipe, digits, tmp_path, bad, said):
+    with pytest.raises(ValueError, match=said): collect(pipe, digits, tmp_path / "s", **{**RECIPE, **bad})
+    assert not (tmp_path / "s").exists()
+
+
+def test_a_bad_image_late_in_the_data_is_found_first(pipe, digits, tmp_path):
+    images = [*digits["image"], Image.new("L", (9, 8))]
+    with pytest.raises(ValueError, match="sample 40 has 8×9"): collect(pipe, images, tmp_path / "s", **RECIPE)
+    assert not (tmp_path / "s").exists()
+
+
+@pytest.mark.parametrize("mode", ["P", "YCbCr", "LAB"])
+def test_modes_that_only_look_right(store, mode):
+    with pytest.raises(ValueError, match=f"mode {mode}"): store.influence(Image.new("RGB", (8, 8), (200, 30, 30)).convert("P") if mode == "P" else Image.new(mode, (8, 8)))
+
+
+def test_a_row_without_an_image(pipe, digits, tmp_path):
+    with pytest.raises(ValueError, match="no image"): collect(pipe, [{"image": digits[0]["image"]}, {"image": None}], tmp_path / "s", **RECIPE)
+
+
+def test_bad_new_samples_leave_the_store_as_it_was(store, digits):
+    before = store.vectors()
+    with pytest.raises(ValueError, match="28×28"): store.add([{"image": Image.new("L", (28, 28)), "label": 3}], progress=False)
+    assert len(store) == len(Store(store.folder)) == 40 and torch.equal(store.vectors(), before)
+    assert len(store.add(digits.select([0]), progress=False)) == 41
+
+
+def test_queries_of_another_recipe(store, pipe, digits, tmp_path):
+    other = collect(pipe, digits, tmp_path / "other", **RECIPE, seed=1)
+    with pytest.raises(ValueError, match="recipe of another store"): store.influence(other.query_gradients(digits.select([0])))
+    g = store.query_gradients(digits.select([0]))
+    with pytest.raises(ValueError, match="not finite"): store.influence(g._replace(compressed=g.compressed * float("nan")))
+
+
+def test_index_refuses_what_does_not_fit(store, digits):
+    from dmin import build_index
+    g = store.query_gradients(digits.select([0]))
+    for bad in (dict(M=0), dict(M=1), dict(ef_construction=0)):
+        with pytest.raises(ValueError, match="at least"): build_index(store, progress=False, **bad)
+    index = build_index(store, progress=False)
+    for f in (index.search, index.recall):
+        with pytest.raises(ValueError, match="timesteps × 32"): f(g._replace(compressed=g.compressed[..., :32]), 3)
+    (store.folder / "index.hnsw").write_bytes(b"short")
+    with pytest.raises(ValueError, match="damaged.*build_index"): open_index(store)
+    store.add(digits.select([1]), progress=False)
+    with pytest.raises(ValueError, match="grown to 41"): index.search(g, 3)
+
+
+def test_another_networks_configuration_is_another_model(digits, tmp_path):
+    """Equal weights, other attention heads."""
+    a, b = make_pipeline(), make_pipeline(attention_head_dim=4)
+    b.unet.load_state_dict(a.unet.state_dict())
+    assert make_objective(a).fingerprint() != make_objective(b).fingerprint()
+
+
+def test_a_name_instead_of_a_pipeline(digits, tmp_path):
+    with pytest.raises(TypeError, match=r"load_pipeline\('ddpm-mnist'\)"): collect("ddpm-mnist", digits, tmp_path / "s")

@@ -154,3 +154,57 @@ def test_rows_that_are_not_the_batch_are_refused():
     model = Mixes()
     with PerSampleGradients(model, dict(model.named_parameters()), NoCompression(42)) as g, pytest.raises(RuntimeError, match="inner works on 6 rows"):
         g(lambda: model(torch.ones(5, 6)).sum(1), 5)
+
+
+def test_memory_is_given_back(pipe):
+    """Graph and hooks hold each other; a collection of hours must not grow with each batch."""
+    import gc
+    from dmin.gradients import _Call
+    x, t = torch.randn(2, 1, 8, 8), torch.tensor([1, 2])
+    def loss(): return pipe.unet(x, t).sample.square().flatten(1).mean(1)
+    def fails(): raise ZeroDivisionError if loss() is not None else None
+    def kept():
+        gc.collect()
+        return sum(isinstance(o, _Call) for o in gc.get_objects())
+    with PerSampleGradients(pipe.unet, dict(pipe.unet.named_parameters()), Compressor(64)) as g:
+        for _ in range(5): g(loss, 2)
+        assert kept() == 0
+        with pytest.raises(ZeroDivisionError): g(fails, 2)
+        assert kept() == 0
+
+
+class UsesAnothersWeight(nn.Module):
+    def __init__(self): super().__init__(); self.a, self.b = nn.Linear(6, 6), nn.Linear(6, 6)
+    def forward(self, x): return nn.functional.linear(self.a(x), self.b.weight)
+
+
+class PositionTable(nn.Module):
+    def __init__(self): super().__init__(); self.table, self.out = nn.Embedding(5, 6), nn.Linear(6, 6)
+    def forward(self, x): return self.out(x + self.table(torch.arange(5)))
+
+
+@pytest.mark.parametrize("kind", [UsesAnothersWeight, PositionTable])
+def test_what_no_rule_sees_is_noticed(kind):
+    """Five samples and five positions: the table's rows look like samples."""
+    torch.manual_seed(0)
+    model, x = kind(), torch.randn(5, 5, 6)
+    with PerSampleGradients(model, dict(model.named_parameters()), Compressor(64)) as g, pytest.raises(RuntimeError, match="do not add up"):
+        def loss(): return model(x).square().flatten(1).sum(1)
+        g.verify(loss, 5, *g(loss, 5)[:2])
+
+
+def test_collecting_inside_no_grad_and_inference_mode(pipe, digits):
+    objective, t = make_objective(pipe), torch.tensor([100])
+    usual = sample_gradients(objective, digits.select([0]), t, Compressor(64)).compressed
+    with torch.no_grad(): assert torch.equal(sample_gradients(objective, digits.select([0]), t, Compressor(64)).compressed, usual)
+
+
+def test_shapes_at_their_smallest_and_colour(digits):
+    pipe = make_pipeline(in_channels=3, out_channels=3, size=(8, 16))
+    from PIL import Image
+    images = [Image.new("RGB", (16, 8), (10 * i, 30, 200)) for i in range(1, 3)]
+    from dmin.data import as_samples
+    for samples in (images[:1], images):
+        for noises in (1, 3):
+            found = sample_gradients(make_objective(pipe), as_samples(samples), torch.tensor([999]), Compressor(1), noises=noises, batch_size=1)
+            assert found.compressed.shape == (len(samples), 1, 1) and found.norms.min() > 0

@@ -68,7 +68,7 @@ def test_rankings(store, digits):
     assert top.rows[:, 0].tolist() == [3, 12] and torch.equal(top.scores.flip(1), bottom.scores)
     assert all(sorted(r.tolist()) == list(range(40)) for r in top.rows)
     text = repr(scores.top(2) + scores.bottom(2))
-    assert text.count("most influential") == text.count("least influential") == 2 and "label" in text
+    assert text.count("the most influential") == text.count("the lowest scores") == 2 and "label" in text
 
 
 def test_rankings_draw_themselves(store, digits, tmp_path):

@@ -141,7 +141,7 @@ def test_other_recipes_are_not_mixed(store, pipe, digits, field, value, said):
 
 def test_other_models_and_data_are_not_mixed(store, digits):
     before, other = contents(store.folder), make_pipeline(seed=1)
-    with pytest.raises(ValueError, match="model is"): collect(other, digits, store.folder, **RECIPE)
+    with pytest.raises(ValueError, match=r"model \(fingerprint"): collect(other, digits, store.folder, **RECIPE)
     with pytest.raises(ValueError, match="another model"): open_store(store.folder, other)
     with pytest.raises(ValueError, match="40 samples, not 39"): collect(make_pipeline(), digits.select(range(39)), store.folder, **RECIPE)
     with pytest.raises(ValueError, match="sample 0"): open_store(store.folder, samples=digits.select(range(39, -1, -1)))
@@ -191,3 +191,26 @@ def test_open_by_memory_map(tmp_path):
               "before = rss(); s = Store(sys.argv[1], verify=False); print(rss() - before)")
     grown = float(subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, check=True, timeout=600).stdout)
     assert grown < 5 < os.path.getsize(next(tmp_path.glob("shard-*"))) / 1e6   # MB
+
+
+def test_a_shard_of_another_data_set(pipe, digits, tmp_path):
+    a = collect(pipe, digits.select(range(20)), tmp_path / "a", **RECIPE)
+    b = collect(pipe, digits.select(range(20, 40)), tmp_path / "b", **RECIPE)
+    shutil.copy(b.folder / "shard-00000004.safetensors", a.folder)
+    with pytest.raises(ValueError, match="shard-00000004.*another store"): Store(a.folder)
+
+
+def test_a_missing_row_is_never_read(store):
+    (store.folder / "shard-00000004.safetensors").unlink()
+    part = Store(store.folder)
+    with pytest.raises(ValueError, match="36 of 40"): part.vectors()
+    assert part.vectors([0, 39]).isfinite().all()
+
+
+def test_leftovers_of_killed_processes_are_removed(store, pipe, digits):
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    dead, living = (store.folder / f".shard-00000000.safetensors.{pid}.tmp" for pid in (ended.pid, os.getpid()))
+    for path in (dead, living): path.write_bytes(b"half")
+    collect(pipe, digits, store.folder, **RECIPE)
+    assert living.exists() and not dead.exists()
