@@ -31,7 +31,7 @@ PRESETS = {
         bench_n=200,           # samples in its store
     ),
     "mini": dict(
-        dataset="mnist_5k", pipeline="ddpm-mnist", train_steps=3600, train_batch=64, n_samples=500, classifier_epochs=12, size_seconds=240,
+        dataset="mnist_5k", pipeline="ddpm-mnist", train_steps=3600, train_batch=64, n_samples=500, classifier_epochs=12, size_seconds=75,
         n_train=400, n_queries=100, detection_k=(5, 10, 50, 100), table_5_train=2000, table_5_v=(2**12, 2**16),
         bench_batch=64, bench_rounds=7, bench_d=50_000_000, bench_real=500, bench_n=9288,
     ),
