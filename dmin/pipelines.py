@@ -356,6 +356,12 @@ def _digest(*parts: bytes) -> str:
     "A short fingerprint of some bytes."
     return hashlib.sha256(b"\0".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()[:16]
 
+# %% ../nbs/10_pipelines.ipynb #35ac1799
+def _model_digest(objective: Objective) -> str:
+    "Tells models, schedules and trained parameters apart, but not their weights; the same in every process."
+    public = [{k: str(v) for k, v in sorted(part.config.items()) if not k.startswith("_")} for part in (objective.model, objective.scheduler)]
+    return _digest(json.dumps([public, [(name, list(p.shape)) for name, p in objective.parameters.items()]]).encode())
+
 # %% ../nbs/10_pipelines.ipynb #983fe2bb
 Encoded = dict[str, torch.Tensor]
 
@@ -429,7 +435,7 @@ def train(
     optimizer = torch.optim.AdamW(objective.parameters.values(), lr, weight_decay=weight_decay)
     objective.model, optimizer = accelerator.prepare(objective.model, optimizer)
     settings = dict(steps=steps, batch_size=batch_size, lr=lr, warmup=warmup, weight_decay=weight_decay, clip=clip, ema=ema, seed=seed, dataset=digest,
-                    precision=str(accelerator.mixed_precision), model=_digest(json.dumps([*map(str, objective.model.config.items()), *objective.parameters]).encode()))
+                    precision=str(accelerator.mixed_precision), model=_model_digest(objective))
     run = _Run(objective.parameters, optimizer, [_learning_rate(step, steps, lr, warmup) for step in range(steps)], clip, ema)
     if folder: run.load(Path(folder), settings)
     with torch.random.fork_rng(), tqdm(total=steps, initial=run.step, desc="train", unit=" samples", unit_scale=batch_size, mininterval=1, disable=not progress) as bar:

@@ -33,7 +33,7 @@ def machine() -> dict:
     """What this runs on: processor, cores, memory (GB), GPU, and the versions of what computes."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9 if hasattr(os, "sysconf") else None
     return {"processor": _processor(), "cores": os.cpu_count(), "threads": torch.get_num_threads(), "memory_gb": memory and round(memory),
-            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None, "system": platform.platform(terse=True),
+            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None, "system": f"{platform.system()} {platform.machine()}",
             "python": platform.python_version(), **{p: version(p) for p in ("torch", "diffusers", "numpy", "hnswlib")}}
 
 # %% ../../nbs/evaluation/02_results.ipynb #86ffc0a7
