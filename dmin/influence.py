@@ -20,7 +20,7 @@ from .show import Strip, attribution_figure, attribution_html
 from .store import Store, decode
 
 # %% ../nbs/08_influence.ipynb #5006e4a8
-_PART = 2**19   # stored numbers turned into float32 at a time: 2 MB, which stays in the cache until it is used
+_PART = 2**20   # stored numbers turned into float32 at a time: 4 MB, which stays in the cache until it is used
 
 
 def cosines(store: Store, queries: torch.Tensor) -> torch.Tensor:   # (q, n_train, T) float32
