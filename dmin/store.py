@@ -285,5 +285,5 @@ class Store(_Files):
     def __repr__(self):
         m, done = self.manifest, len(self) - len(self.missing())
         kind = "uncompressed" if m.v is None else f"v={m.v}"
-        return (f"Store({str(self.folder)!r}: {done} of {len(self)} samples, {len(m.timesteps)} timesteps, {kind}, {m.dtype}, "
+        return (f"Store({self.folder.name!r}: {done} of {len(self)} samples, {len(m.timesteps)} timesteps, {kind}, {m.dtype}, "
                 f"{self.nbytes() / 1e6:.1f} MB for gradients of {m.parameters * 4 * done * len(m.timesteps) / 1e6:.0f} MB)")
