@@ -242,13 +242,8 @@ def _apply_rule(call, grads, sink):
     _generic(call.module, call, grads, sink)
 
 # %% ../nbs/05_gradients.ipynb #c0ffb3bb
-class PerSampleGradients:
-    """Computes compressed per-sample gradients of a model; while open (`with`), the model is frozen and in evaluation mode.
-
-    `gradients(loss, n)` runs `loss()`, which must return one loss a row, shape (n * r,) with the r rows of a sample next to each other, and
-    returns compressed gradients (n, v) and norms (n,) of each sample's *mean* loss, and the losses (n * r,). The batch must be the first
-    dimension of every counted layer, sample by sample; `RuntimeError` where it is seen not to be.
-    """
+class _Hooked:
+    """A model that is frozen, in evaluation mode and watched while this is open (`with`)."""
 
     def __init__(self, model: nn.Module, parameters: dict[str, nn.Parameter], compressor):
         self.model, self.parameters, self.sink = model, parameters, Sink(parameters, compressor)
@@ -268,6 +263,45 @@ class PerSampleGradients:
         for p, trained in self._trained.items(): p.requires_grad_(trained)
         for m, training in self._training.items(): m.training = training
         self._hooks, self._trained, self._training = [], {}, {}
+
+    def _hook(self, name):
+        keep = _keep(name, self._back, self._handles)
+        def hook(module, *rest):
+            if not self._recording: return None   # the generic path runs modules again
+            self._uses.update(id(p) for p in module.parameters() if self.sink.wants(p))
+            return keep(module, *rest)
+        return hook
+
+    def _back(self, call, grads):
+        with torch.no_grad(): _apply_rule(call, grads, self.sink)
+
+# %% ../nbs/05_gradients.ipynb #a39e8178
+class PerSampleGradients(_Hooked):
+    """Computes compressed per-sample gradients of a model; while open (`with`), the model is frozen and in evaluation mode.
+
+    `gradients(loss, n)` runs `loss()`, which must return one loss a row, shape (n * r,) with the r rows of a sample next to each other, and
+    returns compressed gradients (n, v) and norms (n,) of each sample's *mean* loss, and the losses (n * r,). The batch must be the first
+    dimension of every counted layer, sample by sample; `RuntimeError` where it is seen not to be.
+    """
+
+    def __call__(self, loss: Callable[[], torch.Tensor], n: int):
+        """Returns compressed gradients (n, v) float32, norms (n,) and losses (rows,). See the class."""
+        with torch.inference_mode(False), torch.enable_grad():
+            self._uses, self._recording = Counter(), True
+            try:
+                try: losses = loss()
+                finally: self._recording = False
+                self._check_losses(losses, n)
+                self.sink.begin(n, self._uses, losses.device)
+                (losses.sum() / (len(losses) // n)).backward()
+            finally:
+                for h in self._handles: h.remove()
+                self._handles.clear()
+            return *self.sink.finish(), losses.detach()
+
+    def _check_losses(self, losses, n):
+        if losses.ndim != 1 or len(losses) % n: raise ValueError(f"the loss must have one value a row: shape ({n},), not {tuple(losses.shape)}")
+        if not losses.requires_grad: raise ValueError("the loss does not depend on the counted parameters: are they those of the network that it uses?")
 
     def verify(self, loss: Callable[[], torch.Tensor], n: int, compressed: torch.Tensor, norms: torch.Tensor):
         """Checks a weighted sum of the per-sample gradients against autograd's gradient of the weighted loss, at the cost of one more pass.
@@ -292,36 +326,6 @@ class PerSampleGradients:
         if not error < allowed:
             raise RuntimeError(f"the per-sample gradients do not add up to the batch's (relative error {error:.1g}): a module uses a weight of another one "
                                "directly, or works on something else than the batch in its first dimension. Leave its parameters out with parameters=…")
-
-    def _hook(self, name):
-        keep = _keep(name, self._back, self._handles)
-        def hook(module, *rest):
-            if not self._recording: return None   # the generic path runs modules again
-            self._uses.update(id(p) for p in module.parameters() if self.sink.wants(p))
-            return keep(module, *rest)
-        return hook
-
-    def _back(self, call, grads):
-        with torch.no_grad(): _apply_rule(call, grads, self.sink)
-
-    def __call__(self, loss: Callable[[], torch.Tensor], n: int):
-        """Returns compressed gradients (n, v) float32, norms (n,) and losses (rows,). See the class."""
-        with torch.inference_mode(False), torch.enable_grad():
-            self._uses, self._recording = Counter(), True
-            try:
-                try: losses = loss()
-                finally: self._recording = False
-                self._check_losses(losses, n)
-                self.sink.begin(n, self._uses, losses.device)
-                (losses.sum() / (len(losses) // n)).backward()
-            finally:
-                for h in self._handles: h.remove()
-                self._handles.clear()
-            return *self.sink.finish(), losses.detach()
-
-    def _check_losses(self, losses, n):
-        if losses.ndim != 1 or len(losses) % n: raise ValueError(f"the loss must have one value a row: shape ({n},), not {tuple(losses.shape)}")
-        if not losses.requires_grad: raise ValueError("the loss does not depend on the counted parameters: are they those of the network that it uses?")
 
 # %% ../nbs/05_gradients.ipynb #172bccde
 class Gradients(NamedTuple):

@@ -136,7 +136,7 @@ class Ranking:
                 lines += [f"query {q} · {one.heading}", *(line(r, int(i), s) for r, (i, s) in enumerate(zip(one.rows[q], one.scores[q]), 1))]
         return "\n".join(lines)
 
-
+# %% ../nbs/08_influence.ipynb #614fb6e0
 def _caption(row, dataset):
     """The label by name, else the prompt, else nothing."""
     label, kind = row.get("label"), dataset.features.get("label")

@@ -195,6 +195,26 @@ class _Files:
         if verify and _checksum(tensors) != about.get("sha256"): raise _damaged(path, "its checksum is wrong: it was altered")
         self._shards[path.name] = shard
 
+# %% ../nbs/06_store.ipynb #a800a5c2
+class _Rows(_Files):
+    """Which rows are stored, and storing more."""
+
+    def __len__(self) -> int:
+        """Samples, collected or still missing."""
+        return len(self.manifest.sample_ids)
+
+    def missing(self) -> list[int]:
+        """Rows whose gradients are not stored yet."""
+        present = torch.zeros(len(self), dtype=torch.bool)
+        for shard in self._shards.values(): present[shard.rows] = True
+        return (~present).nonzero().flatten().tolist()
+
+    def check_complete(self):
+        """Raises `ValueError` when samples are missing."""
+        if missing := self.missing():
+            raise ValueError(f"{self.folder} holds {len(self) - len(missing)} of {len(self)} samples: run collect again with the same arguments "
+                             "to finish it")
+
     def write(self, rows, compressed: torch.Tensor, norms: torch.Tensor, losses: torch.Tensor) -> None:
         """One shard: `compressed` (n, T, v) of the unnormalised gradients, as `dmin.gradients` computes them."""
         rows = torch.as_tensor(rows, dtype=torch.int64)
@@ -223,35 +243,19 @@ class _Files:
             self.manifest = before
             raise
 
-# %% ../nbs/06_store.ipynb #a800a5c2
-class Store(_Files):
+# %% ../nbs/06_store.ipynb #cd5512bf
+class Store(_Rows):
     """A folder of compressed gradients. Made by `dmin.collect`; `Store(folder)` opens one.
 
     Opening checks every shard against its checksum, unless `verify=False` (then only its size and what it belongs to). Raises `FileNotFoundError`
     when there is no store, `ValueError` when it is of another format version, half-written or damaged, naming the file and the way out.
     """
 
-    def __len__(self) -> int:
-        """Samples, collected or still missing."""
-        return len(self.manifest.sample_ids)
-
     @cached_property
     def compressor(self) -> "Compressor | NoCompression":
         """The one that its gradients were compressed with."""
         m = self.manifest
         return make_compressor(m.parameters, m.v, m.compression_seed)
-
-    def missing(self) -> list[int]:
-        """Rows whose gradients are not stored yet."""
-        present = torch.zeros(len(self), dtype=torch.bool)
-        for shard in self._shards.values(): present[shard.rows] = True
-        return (~present).nonzero().flatten().tolist()
-
-    def check_complete(self):
-        """Raises `ValueError` when samples are missing."""
-        if missing := self.missing():
-            raise ValueError(f"{self.folder} holds {len(self) - len(missing)} of {len(self)} samples: run collect again with the same arguments "
-                             "to finish it")
 
     def shards(self) -> Iterator[Shard]:
         """The shards in the order of their rows."""
