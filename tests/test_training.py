@@ -7,7 +7,8 @@ import sys
 RUN = """
 import hashlib, sys
 from dmin.data import load_images
-from dmin.pipelines import tiny_ddpm, train
+from dmin.tiny import tiny_ddpm
+from dmin.training import train
 pipe = tiny_ddpm(channels=(16, 32))
 train(pipe, load_images("mnist_5k", size=16).select(range(64)), steps=16, batch_size=8, folder=sys.argv[1], save_every=3, progress=False,
       callback=lambda step, loss: print("step", step, flush=True))
