@@ -7,10 +7,13 @@ __all__ = ['collect', 'open_store', 'add', 'query_gradients']
 
 # %% ../nbs/10_collect.ipynb #c816ed3c
 import operator
+import os
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
+from accelerate import PartialState
 from datasets import concatenate_datasets
 from tqdm import tqdm
 
@@ -22,24 +25,29 @@ from .store import Manifest, Store
 from .timesteps import select_timesteps
 
 # %% ../nbs/10_collect.ipynb #f2bd3b61
-def _compute(store: Store, samples, rows, batch_size: int, name: str = "sample", verify: bool = False, progress: bool = False) -> Gradients:
+def _compute(store: Store, samples, rows, batch_size: int, name: str = "sample", verify: bool = False, regions=None, progress: bool = False) -> Gradients:
     """The gradients of some rows of `samples`, by the recipe in the store's manifest."""
     m = store.manifest
     found = sample_gradients(store.objective, samples.select(rows), torch.tensor(m.timesteps), store.compressor, m.noise_seed, m.noises, batch_size,
-                             [f"{name} {i}" for i in rows], verify, progress)
+                             [f"{name} {i}" for i in rows], verify, regions, progress)
     return found._replace(recipe=m.fingerprint())
 
 
-def _fill(store, batch_size, progress):
-    """Computes and writes what is missing, shard by shard; the first batch is checked against autograd."""
-    store.remove_leftovers()
+def _fill(store, batch_size, progress, processes):
+    """Computes and writes what is missing, shard by shard; the first batch is checked against autograd. Each process writes its share."""
+    rank, n = processes.process_index, processes.num_processes
+    if rank == 0: store.remove_leftovers()
+    processes.wait_for_everyone()
     size, missing = store.manifest.shard_size, store.missing()
     shards: dict[int, list[int]] = {}
     for row in missing: shards.setdefault(row // size, []).append(row)
-    with tqdm(total=len(store), initial=len(store) - len(missing), desc="collecting gradients", unit="sample", disable=not progress) as bar:
-        for i, rows in enumerate(shards.values()):
+    mine = list(shards.values())[rank::n]
+    with tqdm(total=sum(map(len, mine)), desc="collecting gradients" + f" ({n} processes, share of the first)" * (n > 1), unit="sample", disable=not progress or rank > 0) as bar:
+        for i, rows in enumerate(mine):
             store.write(rows, *_compute(store, store.samples, rows, batch_size, verify=i == 0)[:3])
             bar.update(len(rows))
+    processes.wait_for_everyone()
+    if n > 1: store.refresh()
     return store
 
 # %% ../nbs/10_collect.ipynb #b69073fc
@@ -61,6 +69,12 @@ def _about_samples(stored, given):
     return ""
 
 
+def _processes():
+    """The processes that work on this together, as `accelerate launch` or `notebook_launcher` started them; this one alone if neither did."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1: return PartialState()
+    return SimpleNamespace(process_index=0, num_processes=1, wait_for_everyone=lambda: None)
+
+
 def collect(
     pipe,                                # a pipeline, or an objective made of one
     samples,                             # training data set; columns as the pipeline's family needs
@@ -79,6 +93,9 @@ def collect(
 ) -> Store:
     """Collects the compressed gradients of all samples; resumes when the folder holds an unfinished store of the same recipe.
 
+    Started by `accelerate launch` or `accelerate.notebook_launcher`, several processes share the work, and the store is the one that a
+    single process makes, to the bit when each computes with as many threads. All get the complete store back.
+
     Raises `ValueError` when the folder holds a store of another model, data set, seed, timestep set or v, saying which differ; `OSError` when the disk is
     full; and what `dmin.gradients.sample_gradients` raises. Whatever was written stays valid. Source: DMin, section 3.1.
     """
@@ -87,16 +104,17 @@ def collect(
     width = make_compressor(d, v).v   # complains about v before anything is computed
     if batch_size < 1: raise ValueError(f"batch_size={batch_size}: a pass has at least one row")
     if shard_size is None: shard_size = max(1, min(64, 2**28 // (4 * len(timesteps) * width)))
-    manifest = Manifest(type(objective).__name__, objective.fingerprint(), d, timesteps, v, seed, seed, noises, dtype, shard_size, sample_ids(samples))
+    manifest = Manifest(objective.describe(), objective.fingerprint(), d, timesteps, v, seed, seed, noises, dtype, shard_size, sample_ids(samples))
     objective.check(samples)
-    if (folder / "manifest.json").exists():
-        store = Store(folder)
-        if words := store.manifest.differences(manifest):
-            raise ValueError(f"{folder} holds a store of another recipe: " + "; ".join(words) + ". Choose another folder or pass the same arguments"
-                             + _about_samples(store.manifest.sample_ids, manifest.sample_ids))
-    else: store = Store.create(folder, manifest)
+    processes = _processes()
+    if processes.process_index == 0 and not (folder / "manifest.json").exists(): Store.create(folder, manifest)
+    processes.wait_for_everyone()
+    store = Store(folder)
+    if words := store.manifest.differences(manifest):
+        raise ValueError(f"{folder} holds a store of another recipe: " + "; ".join(words) + ". Choose another folder or pass the same arguments"
+                         + _about_samples(store.manifest.sample_ids, manifest.sample_ids))
     store.objective, store.samples = objective, samples
-    return _fill(store, batch_size, progress)
+    return _fill(store, batch_size, progress, processes)
 
 # %% ../nbs/10_collect.ipynb #be5d6242
 def open_store(folder: "str | Path", pipe=None, samples=None, parameters=None, verify: bool = True) -> Store:
@@ -108,7 +126,7 @@ def open_store(folder: "str | Path", pipe=None, samples=None, parameters=None, v
     m = store.manifest
     if pipe is not None:
         objective = make_objective(pipe, parameters)
-        mine = replace(m, model=objective.fingerprint(), objective=type(objective).__name__)
+        mine = replace(m, model=objective.fingerprint(), objective=objective.describe())
         if words := m.differences(mine):
             raise ValueError(f"{folder} was collected from another model: " + "; ".join(words) + ". Pass the pipeline that it was collected from, with the same "
                              "parameters=, or collect into a new folder")
@@ -145,7 +163,7 @@ def add(
         _compute(store, new, [0], batch_size)   # a gradient that cannot be taken is noticed before the manifest changes
         store.extend(ids)
     store.samples = concatenate_datasets([store.samples, new])
-    try: return _fill(store, batch_size, progress)
+    try: return _fill(store, batch_size, progress, _processes())
     except BaseException:
         if store.missing(): store.samples = store.samples.select(range(known))
         raise
@@ -158,12 +176,21 @@ def query_gradients(
     store: Store,
     queries,                  # a data set, an image or several; columns as for the training samples
     batch_size: int = 64,     # rows a pass
+    region=None,              # of the images that is asked about, see `dmin.objective.region_weight`: one for all, or a list of one for each
     progress: bool = False,   # show a bar
 ) -> Gradients:               # of n queries
     """The queries' compressed gradients, by the store's recipe. Raises `ValueError` when the store does not know its pipeline."""
     if store.objective is None: raise ValueError("this store does not know its pipeline: open it with open_store(folder, pipe)")
     queries = as_samples(queries)
-    return _compute(store, queries, range(len(queries)), batch_size, "query", progress=progress)
+    return _compute(store, queries, range(len(queries)), batch_size, "query", regions=_regions(region, len(queries)), progress=progress)
+
+
+def _regions(region, n):
+    """One region for each of n queries, or None. Raises `ValueError` when their number is wrong."""
+    if region is None: return None
+    if not isinstance(region, list): return [region] * n
+    if len(region) != n: raise ValueError(f"{len(region)} regions for {n} queries: give one for each, or one for all (a box as a tuple, or a mask)")
+    return region
 
 
 Store.query_gradients = query_gradients

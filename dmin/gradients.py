@@ -17,7 +17,7 @@ from torch import nn
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from tqdm import tqdm
 
-from .objective import Objective, draw_noise
+from .objective import Objective, region_weight
 
 # %% ../nbs/08_gradients.ipynb #d8158a44
 def flatten_like_gradient(tensor: torch.Tensor, lead: int = 0) -> torch.Tensor:   # (..lead dims, numel)
@@ -346,6 +346,7 @@ def sample_gradients(
     batch_size: int = 64,          # (sample, timestep, noise) rows a pass, at least `noises`; does not change the result beyond rounding
     names=None,                    # (n,) how to call the samples in errors; default: "sample 0", …
     verify: bool = False,          # check the first batch against autograd's summed gradient
+    regions=None,                  # (n,) region of each image that the loss looks at, see dmin.objective.region_weight; None: all of it
     progress: bool = False,        # show a bar
 ) -> Gradients:
     """The compressed gradient of each sample's loss at each timestep, on the CPU.
@@ -355,8 +356,9 @@ def sample_gradients(
     """
     objective.check_timesteps(timesteps)
     device, T, n = objective.device, len(timesteps), len(samples)
-    eps, names = draw_noise(objective.shape, timesteps, seed, noises).to(device), names or [f"sample {i}" for i in range(n)]
+    eps, names = objective.draw_noise(timesteps, seed, noises).to(device), names or [f"sample {i}" for i in range(n)]
     encoded = {k: x.to(device) for k, x in objective.encode(samples[:], names).items()}
+    if regions is not None: encoded["weight"] = torch.stack([region_weight(r, x["image"], objective.shape) for r, x in zip(regions, samples, strict=True)]).to(device)
     steps = torch.as_tensor(timesteps, device=device)
     found = Gradients(torch.empty(n * T, compressor.v), torch.empty(n * T), torch.empty(n * T))
     pairs = range(0, n * T, max(1, batch_size // noises))

@@ -166,6 +166,7 @@ def influence(
     weights=None,                 # (T,) of the timesteps; None: 1 each
     scale: float = 1.0,           # e times mean learning rate of Eq. 5; changes no ranking
     batch_size: int = 64,         # rows a pass, for the queries' gradients
+    region=None,                  # part of the queries' images that is asked about: a box (left, top, right, bottom) or a mask, or a list of them
 ) -> Scores:                      # of n_queries × n_train
     """The influence of every training sample on every query, exactly. Source: DMin, Eq. 5-7.
 
@@ -173,10 +174,12 @@ def influence(
     """
     store.check_complete()
     m, samples = store.manifest, None
-    if isinstance(queries, Gradients): g = queries
+    if isinstance(queries, Gradients):
+        if region is not None: raise ValueError("a region is chosen when gradients are computed: store.query_gradients(images, region=…)")
+        g = queries
     else:
         samples = as_samples(queries)
-        g = query_gradients(store, samples, batch_size)
+        g = query_gradients(store, samples, batch_size, region)
     per_timestep = cosines(store, query_vectors(store, g))
     if not normalise: per_timestep = per_timestep * store.per_sample("norms") * g.norms[:, None]
     scores = Scores(per_timestep, m.timesteps, samples, store.samples, scale=scale)

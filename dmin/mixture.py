@@ -13,7 +13,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from datasets import Dataset, Features, Value, concatenate_datasets, load_dataset
+from datasets import (Dataset, Features, Value, are_progress_bars_disabled, concatenate_datasets, disable_progress_bars, enable_progress_bars,
+                      load_dataset)
 from datasets import Image as ImageFeature
 from PIL import Image
 
@@ -93,7 +94,16 @@ def _pool(name: str, subset: Subset, ds: Dataset, size: int | tuple[int, int] | 
     def row(x, i):
         image = _fit(_rgb(x[subset.image]), size, None)
         return {"image": image, "prompt": x[subset.caption], "subset": name, "noised": False, "source": x.get("source") or f"{subset.where}/{i}", "origin": first + i}
-    return ds.map(row, with_indices=True, remove_columns=ds.column_names, features=FEATURES, desc=name)
+    return _map(ds, row, name)
+
+
+def _map(ds: Dataset, row, about: str) -> Dataset:
+    """Every row `(row, i)` made anew, in the mixture's columns; with a bar only where it takes long."""
+    shown = not are_progress_bars_disabled()
+    if shown and len(ds) < 2000: disable_progress_bars()
+    try: return ds.map(row, with_indices=True, remove_columns=[c for c in ds.column_names if c not in FEATURES], features=FEATURES, desc=about)
+    finally:
+        if shown: enable_progress_bars()
 
 # %% ../nbs/02_mixture.ipynb #1af20072
 def _gaussian(pixels, strength, rng): return pixels + strength * rng.standard_normal(pixels.shape)
@@ -171,9 +181,9 @@ def build_mixture(
     chosen = plan.train if split == "train" else plan.test
 
     def noised(row, i):
-        if not plan.noised[chosen[i]]: return {"image": row["image"], "noised": False}
-        return {"image": add_noise(row["image"], noise_kind, noise_strength, (seed, row["origin"])), "noised": True}
-    return pool.select(plan.origin[chosen]).map(noised, with_indices=True, desc="noise")
+        if not plan.noised[chosen[i]]: return row
+        return row | {"image": add_noise(row["image"], noise_kind, noise_strength, (seed, row["origin"])), "noised": True}
+    return _map(pool.select(plan.origin[chosen]), noised, "noise")
 
 # %% ../nbs/02_mixture.ipynb #8fbae0b2
 def load_mixture(
@@ -204,7 +214,7 @@ def _load_authors(split: str, *, size=SIZES["authors"], source=None) -> Dataset:
     def row(x, i):
         return {"image": _fit(_rgb(x["image"]), size, None), "prompt": x[caption], "subset": str(x[subset]) if subset else "unknown", "noised": False,
                 "source": f"{AUTHORS}/{split}/{i}", "origin": i}
-    return ds.map(row, with_indices=True, remove_columns=ds.column_names, features=FEATURES, desc="authors")
+    return _map(ds, row, "authors")
 
 # %% ../nbs/02_mixture.ipynb #03e159a2
 def show_mixture(

@@ -21,6 +21,7 @@ PRESETS = {
         size_seconds=2,        # training time of each model in the comparison of sizes
         vae_steps=4,           # of the tiny autoencoder
         base_steps=4,          # of the tiny text-to-image models
+        base_batch=4,          # images a step of those
         tune_steps=4,          # of their fine-tuning
         n_train=64,            # training images whose gradients are collected
         n_queries=4,           # generated images that are attributed
@@ -34,12 +35,12 @@ PRESETS = {
         bench_n=200,           # samples in its store
     ),
     "mini": dict(
-        dataset="mnist_5k", pipeline="ddpm-mnist", train_steps=3600, train_batch=64, n_samples=500, classifier_epochs=12, size_seconds=75, vae_steps=3200, base_steps=3200, tune_steps=800,
+        dataset="mnist_5k", pipeline="ddpm-mnist", train_steps=3600, train_batch=64, n_samples=500, classifier_epochs=12, size_seconds=75, vae_steps=3200, base_steps=3200, base_batch=64, tune_steps=800,
         n_train=400, n_queries=100, detection_k=(5, 10, 50, 100), table_5_train=2000, table_5_v=(2**12, 2**16),
         bench_batch=64, bench_rounds=7, bench_d=50_000_000, bench_real=500, bench_n=9288,
     ),
     "paper": dict(
-        dataset="mnist", pipeline="ddpm-mnist", train_steps=50_000, train_batch=128, n_samples=10_000, classifier_epochs=12, size_seconds=240, vae_steps=20_000, base_steps=50_000, tune_steps=5_000,
+        dataset="mnist", pipeline="ddpm-mnist", train_steps=50_000, train_batch=128, n_samples=10_000, classifier_epochs=12, size_seconds=240, vae_steps=20_000, base_steps=50_000, base_batch=64, tune_steps=5_000,
         n_train=60_000, n_queries=1000, detection_k=(5, 10, 50, 100), table_5_train=60_000, table_5_v=(2**12, 2**16),
         bench_batch=64, bench_rounds=7, bench_d=50_000_000, bench_real=500, bench_n=9288,
     ),

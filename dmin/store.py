@@ -162,7 +162,12 @@ class _Files:
         self.manifest = _read_manifest(self.folder)
         self._fingerprint, self._shards = self.manifest.fingerprint(), {}
         self.objective = self.samples = None   # what it was collected from, when known: see dmin.collect
-        for path in sorted(self.folder.glob("shard-*.safetensors")): self._open(path, verify)
+        self.refresh(verify)
+
+    def refresh(self, verify: bool = True) -> None:
+        """Opens the shards that were written since, by this process or another."""
+        for path in sorted(self.folder.glob("shard-*.safetensors")):
+            if path.name not in self._shards: self._open(path, verify)
 
     @classmethod
     def create(cls, folder: "str | Path", manifest: Manifest) -> "Store":
