@@ -138,11 +138,11 @@ class Ranking:
 
 # %% ../nbs/11_influence.ipynb #614fb6e0
 def _caption(row, dataset):
-    """The label by name, else the prompt, else nothing."""
+    """The label by name, else subset and prompt, else nothing."""
     label, kind = row.get("label"), dataset.features.get("label")
     if isinstance(kind, ClassLabel) and isinstance(label, int): return f"label {kind.int2str(label)}" if 0 <= label < kind.num_classes else ""
     if label is not None: return f"label {label}"
-    return str(row.get("prompt") or "")
+    return ": ".join(str(row[c]) for c in ("subset", "prompt") if row.get(c))
 
 # %% ../nbs/11_influence.ipynb #f8484a67
 def query_vectors(store: Store, g: Gradients) -> torch.Tensor:   # (n_queries, T, v)

@@ -28,8 +28,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
+from .data import data_folder, sample_ids
 from .objective import Objective, make_objective
-from .pipelines import _locate
+from .pipelines import PIPELINES, _locate, network, quiet_libraries, save_lora
+from .store import write_atomically
 
 # %% ../nbs/14_training.ipynb #239cc7a0
 def _learning_rate(step: int, steps: int, lr: float, warmup: int) -> float:
@@ -192,20 +194,41 @@ Encoded = dict[str, torch.Tensor]   # each of first dimension n
 def _length(batch: Encoded) -> int: return len(next(iter(batch.values())))
 
 
-def _encoder(objective: Objective, dataset: Dataset, room: int = 2**30) -> tuple[Callable[[torch.Tensor], Encoded], str]:
-    "A function from rows (B,) to what the loss needs of them, and the data set's digest. `room`: bytes that may be kept."
+def _encoder(objective: Objective, dataset: Dataset, folder: Path | None = None, room: int = 2**30) -> tuple[Callable[[torch.Tensor], Encoded], str]:
+    """A function from rows (B,) to what the loss needs of them, and the data set's digest.
+
+    Samples are encoded once: kept in memory while they take at most `room` bytes, else in files in `folder`, else encoded again every time.
+    """
     def encode(rows): return objective.encode(dataset[rows.tolist()])
 
-    kept, digests, used = [], [], 0
-    for rows in torch.arange(len(dataset)).split(256):
-        part = encode(rows)
-        digests.append(_digest(*(part[name].float().cpu().numpy().tobytes() for name in sorted(part))))
-        used += sum(x.nbytes for x in part.values())
-        if used <= room: kept.append(part)
-    digest = _digest(*map(str.encode, digests))
-    if used > room: return encode, digest
-    whole = {name: torch.cat([part[name] for part in kept]) for name in kept[0]}
-    return lambda rows: {name: x[rows.to(x.device)] for name, x in whole.items()}, digest
+    parts = torch.arange(len(dataset)).split(_ENCODED)
+    first = encode(parts[0])
+    digest = _digest(objective.describe().encode(), *map(str.encode, sample_ids(dataset)), *(first[name].float().cpu().numpy().tobytes() for name in sorted(first)))
+    if sum(x.nbytes for x in first.values()) * len(dataset) / len(parts[0]) <= room:
+        rest = [first, *map(encode, parts[1:])]
+        whole = {name: torch.cat([part[name] for part in rest]) for name in first}
+        return lambda rows: {name: x[rows.to(x.device)] for name, x in whole.items()}, digest
+    if folder is None: return encode, digest
+    return _encoded_files(encode, parts, Path(folder) / f"encoded-{digest}"), digest
+
+
+_ENCODED = 256   # samples that are encoded at a time, and kept in one file
+
+
+def _encoded_files(encode, parts, folder: Path) -> Callable[[torch.Tensor], Encoded]:
+    "Encodes into files those parts that are not there yet; returns a function that reads rows."
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / f"{k:06d}.safetensors" for k in range(len(parts))]
+    for path, rows in tqdm([*zip(paths, parts)], "encode", unit="part", delay=2):
+        if not path.exists():
+            tensors = {name: x.cpu().contiguous() for name, x in encode(rows).items()}
+            write_atomically(path, lambda temporary: save_file(tensors, temporary))
+    files = [safe_open(str(path), "pt") for path in paths]
+
+    def read(rows):
+        slices = [(files[r // _ENCODED], r % _ENCODED) for r in rows.tolist()]
+        return {name: torch.cat([f.get_slice(name)[i:i + 1] for f, i in slices]) for name in files[0].keys()}
+    return read
 
 # %% ../nbs/14_training.ipynb #872a5692
 def fit(
@@ -295,13 +318,13 @@ def train(
 ) -> TrainingLog:
     """Trains a pipeline with AdamW, on the CPU or one GPU; the model ends in evaluation mode, on the accelerator's device.
 
-    Images and prompts are encoded once and kept while they take less than 1 GB. The same seed gives the same weights on one machine with
+    Images and prompts are encoded once and kept: in memory up to 1 GB, above that in `folder` if there is one. The same seed gives the same weights on one machine with
     one number of threads, also when the run was interrupted and called again with the same `folder`. The caller's random state is left as
     it was. Raises what `fit` does, and `ValueError` for images of another size. Source: Ho et al. 2020, algorithm 1.
     """
     steps, accelerator = _checked_steps(dataset, steps, epochs, batch_size), accelerator or Accelerator()
     objective = make_objective(pipe.to(accelerator.device), parameters)
-    encode, digest = _encoder(objective, dataset)
+    encode, digest = _encoder(objective, dataset, options.get("folder"))
     objective.model.requires_grad_(False).train()
     try:
         return fit(objective.parameters, len(dataset), lambda rows: _drawn(objective, encode(rows)), lambda batch: _loss(objective, batch),
@@ -312,11 +335,18 @@ def train(
 def save_trained(
     pipe: DiffusionPipeline,
     folder: str | Path,
-    log: TrainingLog,  # what `train` returned
-    **more,            # further facts for the record, such as the data set's name
+    log: TrainingLog,            # what `train` returned
+    part: str | None = None,     # "pipeline", "adapters" or "network"; by default the adapters if there are any, else the whole pipeline
+    **more,                      # further facts for the record, such as the data set's name
 ) -> None:
-    "Saves a pipeline with `save_pretrained`, as safetensors, and `training.json` beside it."
-    pipe.save_pretrained(folder, safe_serialization=True)
+    """Saves what was trained, as safetensors, and `training.json` beside it.
+
+    Adapters are loaded again with `load_pipeline(…, lora=folder)`. Raises `ValueError` for an unknown part, or adapters where there are none.
+    """
+    part = part or ("adapters" if getattr(network(pipe), "peft_config", None) else "pipeline")
+    save = {"pipeline": pipe.save_pretrained, "adapters": lambda to: save_lora(pipe, to), "network": network(pipe).save_pretrained}
+    if part not in save: raise ValueError(f"part={part!r}: choose one of {', '.join(save)}")
+    with quiet_libraries(): save[part](folder)
     (Path(folder) / "training.json").write_text(json.dumps(log.record() | more, indent=2) + "\n")
 
 
@@ -325,6 +355,8 @@ def training_record(name_or_path: str | Path) -> dict:
 
     Source of what is kept: DMin, Eq. 5.
     """
-    path = Path(_locate(str(name_or_path))) / "training.json"
+    source = PIPELINES.get(str(name_or_path))
+    tuned = source and not source.hub and (source.lora or source.network)
+    path = Path(data_folder() / tuned if tuned else name_or_path if (Path(name_or_path) / "training.json").is_file() else _locate(str(name_or_path))) / "training.json"
     if not path.is_file(): raise FileNotFoundError(f"{path} is not there: save_trained writes it, a pipeline from elsewhere has none")
     return json.loads(path.read_text())
