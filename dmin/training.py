@@ -242,6 +242,7 @@ def fit(
     lr: float,                                       # highest learning rate, reached after the warm-up
     warmup: int = 100,                               # steps until then, at most a tenth of all
     weight_decay: float = 0.0,                       # of AdamW
+    betas: tuple[float, float] = (.9, .999),         # and its decays
     clip: float = 1.0,                               # largest norm of the gradient
     ema: float = 0.999,                              # decay of the running average of the weights; 0 for none
     accumulate: int = 1,                             # passes that a step's batch is split into: less memory, the same weights up to rounding
@@ -262,8 +263,8 @@ def fit(
     if accelerator.num_processes > 1: raise ValueError(f"{accelerator.num_processes} processes: training runs in one")
     if not 1 <= accumulate <= batch_size: raise ValueError(f"accumulate={accumulate}: choose 1 to batch_size={batch_size}")
     for p in parameters.values(): p.requires_grad_(True)
-    optimizer = accelerator.prepare(torch.optim.AdamW(parameters.values(), lr, weight_decay=weight_decay))
-    settings = dict(steps=steps, batch_size=batch_size, lr=lr, warmup=warmup, weight_decay=weight_decay, clip=clip, ema=ema, accumulate=accumulate, seed=seed,
+    optimizer = accelerator.prepare(torch.optim.AdamW(parameters.values(), lr, betas, weight_decay=weight_decay))
+    settings = dict(steps=steps, batch_size=batch_size, lr=lr, warmup=warmup, weight_decay=weight_decay, betas=list(betas), clip=clip, ema=ema, accumulate=accumulate, seed=seed,
                     precision=str(accelerator.mixed_precision)) | (settings or {})
     run = _Run(parameters, optimizer, [_learning_rate(step, steps, lr, warmup) for step in range(steps)], clip, ema)
     if folder: run.load(Path(folder), settings)
@@ -314,7 +315,7 @@ def train(
     lr: float = 2e-3,              # highest learning rate
     parameters=None,               # name patterns of the parameters to train; None: adapters if any, else all
     accelerator: Accelerator | None = None,   # by default `Accelerator()`: the GPU if there is one, float32
-    **options,                     # of `fit`: seed, ema, warmup, weight_decay, clip, accumulate, folder, save_every, callback, progress
+    **options,                     # of `fit`: seed, ema, warmup, weight_decay, betas, clip, accumulate, folder, save_every, callback, progress
 ) -> TrainingLog:
     """Trains a pipeline with AdamW, on the CPU or one GPU; the model ends in evaluation mode, on the accelerator's device.
 

@@ -214,6 +214,22 @@ def start(saved, store, processes):
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
+LAUNCHER = """
+import sys
+def work(base, lora, folder):
+    from dmin import collect, load_mixture, load_pipeline
+    rows = load_mixture("mini").select(range(20))
+    collect(load_pipeline(base, lora=lora), rows, folder, v=256, timesteps=3, shard_size=2, progress=False).check_complete()
+if __name__ == "__main__":
+    import socket
+    from accelerate import notebook_launcher
+    with socket.socket() as free:   # 0 would be a port of its own in each process
+        free.bind(("", 0))
+        port = free.getsockname()[1]
+    notebook_launcher(work, tuple(sys.argv[1:]), num_processes=2, use_port=str(port))
+"""
+
+
 def finish(process):
     out, _ = process.communicate(timeout=900)
     assert process.returncode == 0, out[-3000:]
@@ -226,6 +242,15 @@ def test_two_processes_equal_one(saved, tmp_path):
     finish(start(saved, tmp_path / "one", 1))
     finish(start(saved, tmp_path / "two", 2))
     assert bytes_of(tmp_path / "one") == bytes_of(tmp_path / "two") and len(bytes_of(tmp_path / "one")) == 11
+
+
+def test_notebook_launcher(saved, tmp_path):
+    finish(start(saved, tmp_path / "one", 1))
+    (saved / "launcher.py").write_text(LAUNCHER)
+    done = subprocess.run([sys.executable, str(saved / "launcher.py"), str(saved / "base"), str(saved / "lora"), str(tmp_path / "two")], capture_output=True, text=True, timeout=600,
+                          env=os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert bytes_of(tmp_path / "one") == bytes_of(tmp_path / "two")
 
 
 def test_two_processes_killed_end_with_the_same_bytes(saved, tmp_path):
@@ -248,3 +273,79 @@ def test_manifest_names_the_options(tokenizer, mixture, tmp_path):
     collect(make_objective(pipe, latents="draw", latent_seed=3), mixture.select(range(2)), tmp_path, v=16, timesteps=1, progress=False)
     assert json.loads((tmp_path / "manifest.json").read_text())["objective"] == "StableDiffusion3Objective, latent_seed=3, latents='draw'"
     with pytest.raises(ValueError, match="objective is"): collect(pipe, mixture.select(range(2)), tmp_path, v=16, timesteps=1, progress=False)
+
+
+# bad input
+
+@pytest.mark.parametrize("change, said", [
+    (dict(rename=("prompt", "text")), "no column 'prompt'"), (dict(prompt=""), "sample 1 is empty"), (dict(prompt=None), "sample 1 is None")])
+def test_prompts_that_are_not_there(tokenizer, mixture, tmp_path, change, said):
+    rows = mixture.select(range(3)).remove_columns(["subset", "noised", "source", "origin"])
+    if "rename" in change: rows = rows.rename_column(*change["rename"])
+    else: rows = rows.map(lambda x, i: {"prompt": change["prompt"] if i == 1 else x["prompt"]}, with_indices=True)
+    with pytest.raises(ValueError) as e: collect(small("sd3", tokenizer), rows, tmp_path / "store", v=16, timesteps=1, progress=False)
+    assert said in str(e.value) and not (tmp_path / "store").exists()
+
+
+def test_a_long_prompt_is_cut_and_said(tokenizer, mixture, tmp_path):
+    rows = mixture.select(range(2)).map(lambda x, i: {"prompt": "a rose " * 30 if i else "a rose"}, with_indices=True)
+    with pytest.warns(UserWarning, match="1 of 2 prompts are longer than the 24 tokens.*of sample 1.*was cut"):
+        collect(small("sd3", tokenizer), rows, tmp_path, v=16, timesteps=1, progress=False)
+
+
+def test_images_of_other_sizes_are_resized_and_said_once(tokenizer, mixture, tmp_path):
+    with pytest.warns(UserWarning, match="resized to 32×32") as said: collect(small("sd", tokenizer), mixture, tmp_path, v=16, timesteps=1, shard_size=2, progress=False)
+    assert len([w for w in said if "resized" in str(w.message)]) == 1
+
+
+def test_prompts_to_generate_from(tokenizer):
+    pipe = small("sd3", tokenizer)
+    for bad, said in [(3, "needs prompts"), ("", "prompt 0 is empty"), (["a", " "], "prompt 1 is empty"), ([], "no prompts"), ([None], "must be strings")]:
+        with pytest.raises(ValueError, match=said): generate(pipe, bad, progress=False)
+
+
+def test_pipelines_that_are_not_supported(tokenizer):
+    from diffusers import StableDiffusionImg2ImgPipeline
+    sd = small("sd", tokenizer)
+    other = StableDiffusionImg2ImgPipeline(**sd.components, requires_safety_checker=False)
+    with pytest.raises(TypeError, match="StableDiffusion3Pipeline are.*register_objective"): make_objective(other)
+    with pytest.raises(TypeError, match="register_family"): generate(other, "a rose")
+
+
+def test_adapters_that_do_not_fit(tokenizer, tmp_path):
+    save_lora(small("sd3", tokenizer, lora=True), tmp_path)
+    small("sd", tokenizer).save_pretrained(tmp_path / "sd")
+    with pytest.raises(ValueError, match="do not fit UNet2DConditionModel.*Load them into the pipeline that they were trained for"): load_pipeline(tmp_path / "sd", lora=tmp_path)
+    with pytest.raises(OSError, match="cannot be fetched"): load_pipeline(tmp_path / "sd", lora="nobody/nothing")
+    assert any("lora_" in name for name in make_objective(load_pipeline_with(tokenizer, tmp_path)).parameters)
+
+
+def load_pipeline_with(tokenizer, folder):
+    from dmin.pipelines import load_lora
+    return load_lora(small("sd3", tokenizer), folder)
+
+
+def test_no_parameters_to_train(tokenizer, mixture):
+    with pytest.raises(ValueError, match="no parameter matches"): train(small("sd3", tokenizer), mixture, steps=1, parameters="*lora*", progress=False)
+
+
+@pytest.mark.parametrize("name, offline", [("sd14-lora", "tiny-sd-lora"), ("sd3-medium-lora", "tiny-sd3-lora"), ("sd3-medium-full", "tiny-sd3-full"), ("nobody/nothing", "tiny-sd3-lora")])
+def test_the_hub_is_out_of_reach(name, offline):
+    with pytest.raises(OSError, match=f"cannot be fetched.*{offline}"): load_pipeline(name)
+
+
+@pytest.mark.parametrize("family", ["sd", "sd3"])
+def test_a_hub_repository_of_the_same_shape(family, tokenizer, mixture, tmp_path, monkeypatch):
+    """The names of real models, their repositories replaced by local ones: new or published adapters, the recipe's image size."""
+    import dmin.pipelines as pipelines
+    small(family, tokenizer).save_pretrained(tmp_path / "hub")
+    name = "sd14-lora" if family == "sd" else "sd3-medium-lora"
+    save_lora(small(family, tokenizer, lora=True), tmp_path / "lora")
+    monkeypatch.setattr(pipelines, "_locate", lambda name: str(tmp_path / "hub"))
+    with pytest.MonkeyPatch.context() as m:
+        m.setitem(pipelines.PIPELINES, name, __import__("dataclasses").replace(pipelines.PIPELINES[name], lora=None if family == "sd" else str(tmp_path / "lora")))
+        if family == "sd":
+            with pytest.warns(UserWarning, match="as it was published"): pipe = load_pipeline(name)
+        else: pipe = load_pipeline(name)
+    objective = make_objective(pipe)
+    assert objective.size == (512, 512) and all("lora_" in n for n in objective.parameters) and network(pipe).peft_config["default"].r == 4
