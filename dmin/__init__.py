@@ -8,6 +8,15 @@ __all__ = ['collect', 'open_store', 'standard_error', 'load_images', 'load_mixtu
            'open_index', 'DMin', 'Ranking', 'Scores', 'Objective', 'make_objective', 'register_objective', 'generate',
            'load_pipeline', 'save_trained', 'train', 'preset', 'show_images', 'Store', 'select_timesteps']
 
+# %% ../nbs/16_api.ipynb #8afb9a96
+from transformers.utils import logging as _logging
+
+_level = _logging.get_verbosity()
+_logging.set_verbosity_error()
+from diffusers import StableDiffusion3Pipeline, StableDiffusionPipeline  # noqa: E402, F401
+
+_logging.set_verbosity(_level)
+
 # %% ../nbs/16_api.ipynb #f8479ebf
 from .collect import collect, open_store
 from .compression import standard_error

@@ -10,12 +10,16 @@ import html
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
-from datasets import ClassLabel, Dataset
+from datasets import ClassLabel, Dataset, Features
+from datasets import Image as ImageFeature
+from PIL import Image
 
 from .collect import query_gradients
 from .data import as_samples
 from .gradients import Gradients
+from .objective import region_mask
 from .show import Strip, attribution_figure, attribution_html
 from .store import Store, decode
 
@@ -180,10 +184,22 @@ def influence(
     else:
         samples = as_samples(queries)
         g = query_gradients(store, samples, batch_size, region)
+        if region is not None: samples = _marked(samples, region if isinstance(region, list) else [region] * len(samples))
     per_timestep = cosines(store, query_vectors(store, g))
     if not normalise: per_timestep = per_timestep * store.per_sample("norms") * g.norms[:, None]
     scores = Scores(per_timestep, m.timesteps, samples, store.samples, scale=scale)
     return scores if weights is None else scores.reweight(weights)
+
+
+def _marked(queries, regions):
+    """The queries as they are shown: what lies outside the region is faded."""
+    def fade(image, region):
+        image = image.convert("RGB")
+        mask = region_mask(region, image)[..., None].numpy() * .8 + .2
+        return Image.fromarray((np.asarray(image) * mask + 255 * (1 - mask)).round().astype(np.uint8))
+    images = [fade(x, r) for x, r in zip(queries["image"], regions)]
+    columns = {"image": images} | {c: list(queries[c]) for c in queries.column_names if c != "image"}
+    return Dataset.from_dict(columns, Features({**queries.features, "image": ImageFeature()}))
 
 
 Store.influence = influence

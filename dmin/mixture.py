@@ -220,7 +220,7 @@ def _load_authors(split: str, *, size=SIZES["authors"], source=None) -> Dataset:
 def show_mixture(
     mixture: Dataset,     # with columns image, prompt and subset
     n: int = 5,           # examples a subset
-    scale: float = 1.6,   # 1: each image is 0.8 inches wide
+    scale: float = 1.3,   # 1: each image is 0.8 inches wide
 ):
     """The first samples of each subset with their prompts. Source: DMin, Figure 4."""
     rows, clean = [], np.flatnonzero(~np.asarray(mixture["noised"])) if "noised" in mixture.column_names else np.arange(len(mixture))
