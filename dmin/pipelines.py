@@ -58,7 +58,7 @@ class PipelineSource:
 
 
 _LORA_RECIPE = Recipe(lr=1e-3, batch_size=64, epochs=150, size=512, rank=4, alpha=8)
-_TINY_LORA = Recipe(lr=2e-3, batch_size=64, epochs=50, size=64, rank=4, alpha=8)
+_TINY_LORA = Recipe(lr=2e-3, batch_size=64, epochs=40, size=64, rank=4, alpha=8)
 
 PIPELINES = {
     "tiny-sd": PipelineSource("the base of tiny-sd-lora, made by nbs/tutorials/train_tiny_sd.ipynb", folder="tiny/sd"),
@@ -66,7 +66,7 @@ PIPELINES = {
     "tiny-sd-lora": PipelineSource("Stable Diffusion, 64×64, tuned by nbs/tutorials/tune_tiny_sd_lora.ipynb", folder="tiny/sd", lora="tiny/sd-lora", recipe=_TINY_LORA),
     "tiny-sd3-lora": PipelineSource("SD 3, 64×64, tuned by nbs/tutorials/tune_tiny_sd3_lora.ipynb", folder="tiny/sd3", lora="tiny/sd3-lora", recipe=_TINY_LORA),
     "tiny-sd3-full": PipelineSource("SD 3, 64×64, tuned by nbs/tutorials/tune_tiny_sd3_full.ipynb", folder="tiny/sd3", network="tiny/sd3-full",
-                                    recipe=Recipe(lr=3e-4, batch_size=64, epochs=50, size=64)),
+                                    recipe=Recipe(lr=3e-4, batch_size=64, epochs=40, size=64)),
     "sd14-lora": PipelineSource("Stable Diffusion 1.4; its adapters are yours to train", hub="CompVis/stable-diffusion-v1-4", offline="tiny-sd-lora", recipe=_LORA_RECIPE),
     "sd3-medium-lora": PipelineSource("SD 3 Medium with the DMin authors' adapters", hub="stabilityai/stable-diffusion-3-medium-diffusers", offline="tiny-sd3-lora",
                                       lora="huaweilin/DMin_sd3_medium_lora_r4", recipe=_LORA_RECIPE),
@@ -203,7 +203,7 @@ def load_lora(pipe: DiffusionPipeline, where: str | Path) -> DiffusionPipeline:
     """
     if not hasattr(pipe, "lora_state_dict"): raise ValueError(f"{type(pipe).__name__} takes no adapters: StableDiffusionPipeline and StableDiffusion3Pipeline do")
     try: found = pipe.lora_state_dict(str(where))
-    except OSError as e:
+    except (OSError, ValueError) as e:   # offline, diffusers raises ValueError for a Hub id
         if Path(where).exists(): raise OSError(f"no adapters can be read in {where}: {e}") from e
         raise _unreachable(str(where), "tiny-sd3-lora", e) from e
     state = found[0] if isinstance(found, tuple) else found

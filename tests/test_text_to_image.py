@@ -1,4 +1,5 @@
 """Stable Diffusion and Stable Diffusion 3: gradients against autograd, losses against plain diffusers, several processes against one."""
+import csv
 import json
 import os
 import signal
@@ -349,3 +350,15 @@ def test_a_hub_repository_of_the_same_shape(family, tokenizer, mixture, tmp_path
         else: pipe = load_pipeline(name)
     objective = make_objective(pipe)
     assert objective.size == (512, 512) and all("lora_" in n for n in objective.parameters) and network(pipe).peft_config["default"].r == 4
+
+
+def test_recipes_are_the_papers():
+    from dmin.data import data_folder
+    from dmin.pipelines import PIPELINES
+    names = {"SD 1.4 (LoRA)": "sd14-lora", "SD 3 Medium (LoRA)": "sd3-medium-lora", "SD 3 Medium (Full)": "sd3-medium-full"}
+    with open(data_folder() / "published" / "dmin_table7_training.csv") as f: published = {r["model"]: r for r in csv.DictReader(f)}
+    assert published.keys() == names.keys()
+    for model, row in published.items():
+        r = PIPELINES[names[model]].recipe
+        assert (r.lr, r.batch_size, r.epochs, r.size, r.precision) == (float(row["learning_rate"]), int(row["batch_size"]), int(row["epochs"]), int(row["image_size"]), row["precision"])
+        assert (str(r.rank or ""), str(r.alpha or "")) == (row["lora_rank"], row["lora_alpha"]) and (not r.rank or " ".join(r.targets) == row["lora_target_layers"])
