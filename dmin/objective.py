@@ -145,8 +145,12 @@ class Objective:
         bad = [int(t) for t in timesteps if not 0 <= int(t) < total]
         if bad: raise ValueError(f"timestep {bad[0]} is outside the scheduler: it has 0 to {total - 1}")
 
+    def encoders(self) -> list[nn.Module]:
+        """The frozen models that `encode` uses, such as an autoencoder; part of the fingerprint."""
+        return []
+
     def fingerprint(self) -> str:
-        """16 hex characters that change when a weight, the scheduler or the choice of parameters changes."""
+        """16 hex characters that change when a weight, an adapter's scale, the scheduler or the choice of parameters changes."""
         return _fingerprint(self)
 
 # %% ../nbs/05_objective.ipynb #5ff19de8
@@ -158,10 +162,12 @@ def _fingerprint(objective):
     def plain(config, keys): return {k: np.asarray(config[k]).tolist() for k in sorted(keys) if config.get(k) is not None}
     model, scheduler = getattr(objective.model, "config", {}), objective.scheduler.config
     kinds = [objective.describe(), type(objective.model).__name__, plain(model, [k for k in model if not k.startswith("_")])]
-    digest = hashlib.sha256(json.dumps([*kinds, plain(scheduler, _LOSS_SETTINGS), list(objective.parameters)]).encode())
-    for name, tensor in sorted(objective.model.state_dict().items()):
-        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-        digest.update(memoryview(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()))
+    scales = {name: module.scaling for name, module in objective.model.named_modules() if isinstance(getattr(module, "scaling", None), dict)}   # peft's alpha / rank
+    digest = hashlib.sha256(json.dumps([*kinds, plain(scheduler, _LOSS_SETTINGS), list(objective.parameters), *([scales] if scales else [])]).encode())
+    for model in (objective.model, *objective.encoders()):
+        for name, tensor in sorted(model.state_dict().items()):
+            digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+            digest.update(memoryview(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()))
     return digest.hexdigest()[:16]
 
 # %% ../nbs/05_objective.ipynb #010b2fa7

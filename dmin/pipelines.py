@@ -19,7 +19,6 @@ import torch
 from datasets import Dataset, Features, Value
 from datasets import Image as ImageFeature
 from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DiffusionPipeline, StableDiffusion3Pipeline, StableDiffusionPipeline
-from diffusers.training_utils import _collate_lora_metadata
 from diffusers.utils import logging as diffusers_logging
 from peft import LoraConfig, get_peft_model_state_dict
 from PIL import Image
@@ -193,7 +192,8 @@ def save_lora(pipe: DiffusionPipeline, folder: str | Path) -> None:
     """The adapters of a pipeline as `diffusers` saves them, with rank and alpha. Raises `ValueError` when there are none."""
     model, kind = network(pipe), "transformer" if getattr(pipe, "transformer", None) is not None else "unet"
     if not getattr(model, "peft_config", None): raise ValueError("the pipeline has no adapters to save: add_lora(pipe) puts them in, pipe.save_pretrained(folder) saves a whole one")
-    pipe.save_lora_weights(str(folder), **{f"{kind}_lora_layers": get_peft_model_state_dict(model, adapter_name=next(iter(model.peft_config)))}, **_collate_lora_metadata({kind: model}))
+    name, config = next(iter(model.peft_config.items()))
+    pipe.save_lora_weights(str(folder), **{f"{kind}_lora_layers": get_peft_model_state_dict(model, adapter_name=name), f"{kind}_lora_adapter_metadata": config.to_dict()})
 
 
 def load_lora(pipe: DiffusionPipeline, where: str | Path) -> DiffusionPipeline:

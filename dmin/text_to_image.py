@@ -83,6 +83,11 @@ class LatentObjective(Objective):
             raise ValueError(f"size={self.size[0]}×{self.size[1]}: the image's sides must be multiples of {shrink * patch} for this pipeline")
         self.shape = (pipe.vae.config.latent_channels, *(x // shrink for x in self.size))
 
+    def encoders(self):
+        """Autoencoder and text encoders."""
+        parts = (getattr(self.pipe, name, None) for name in ("vae", "text_encoder", "text_encoder_2", "text_encoder_3"))
+        return [part for part in parts if part is not None]
+
     def draw_noise(self, timesteps, seed: int = 0, noises: int = 1) -> torch.Tensor:
         """The noise of each timestep (T, noises, *shape); with `released` the same for all."""
         if not self.released: return super().draw_noise(timesteps, seed, noises)

@@ -362,3 +362,15 @@ def test_recipes_are_the_papers():
         r = PIPELINES[names[model]].recipe
         assert (r.lr, r.batch_size, r.epochs, r.size, r.precision) == (float(row["learning_rate"]), int(row["batch_size"]), int(row["epochs"]), int(row["image_size"]), row["precision"])
         assert (str(r.rank or ""), str(r.alpha or "")) == (row["lora_rank"], row["lora_alpha"]) and (not r.rank or " ".join(r.targets) == row["lora_target_layers"])
+
+
+def test_fingerprint_knows_encoders_and_scales(tokenizer):
+    pipe = small("sd3", tokenizer, lora=True)
+    seen = {make_objective(pipe).fingerprint()}
+    pipe.vae.decoder.conv_out.bias.data += 1
+    seen.add(make_objective(pipe).fingerprint())
+    pipe.text_encoder_2.text_projection.weight.data *= 2
+    seen.add(make_objective(pipe).fingerprint())
+    pipe.set_adapters("default", .5)
+    seen.add(make_objective(pipe).fingerprint())
+    assert len(seen) == 4
