@@ -202,7 +202,8 @@ def load_lora(pipe: DiffusionPipeline, where: str | Path) -> DiffusionPipeline:
     Raises `ValueError` when they fit no layer, or only some, of the pipeline's network, and `OSError` when they cannot be read.
     """
     if not hasattr(pipe, "lora_state_dict"): raise ValueError(f"{type(pipe).__name__} takes no adapters: StableDiffusionPipeline and StableDiffusion3Pipeline do")
-    try: found = pipe.lora_state_dict(str(where))
+    try:
+        with quiet_libraries(): found = pipe.lora_state_dict(str(where))
     except (OSError, ValueError) as e:   # offline, diffusers raises ValueError for a Hub id
         if Path(where).exists(): raise OSError(f"no adapters can be read in {where}: {e}") from e
         raise _unreachable(str(where), "tiny-sd3-lora", e) from e
@@ -213,7 +214,7 @@ def load_lora(pipe: DiffusionPipeline, where: str | Path) -> DiffusionPipeline:
     if missing := sorted(wanted - modules):
         raise ValueError(f"the adapters in {where} do not fit {type(network(pipe)).__name__}: {len(missing)} of their {len(wanted)} layers, such as {missing[0]}, are not in it. "
                          "Load them into the pipeline that they were trained for")
-    pipe.load_lora_weights(str(where), adapter_name="default")
+    with quiet_libraries(): pipe.load_lora_weights(str(where), adapter_name="default")
     for name, p in network(pipe).named_parameters():
         if "lora_" in name: p.data = p.data.float()
     return pipe

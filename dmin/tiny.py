@@ -76,11 +76,15 @@ def tiny_vae(
     latent_channels: int = 4,
     seed: int = 0,                             # of the weights
 ) -> AutoencoderKL:
-    """An untrained `AutoencoderKL`."""
+    """An untrained `AutoencoderKL`, its convolutions initialised as He et al. 2015 do: from PyTorch's smaller weights it learns colours ten times later."""
     levels = len(channels)
-    return _seeded(seed, lambda: AutoencoderKL(
+    vae = _seeded(seed, lambda: AutoencoderKL(
         sample_size=size, block_out_channels=tuple(channels), latent_channels=latent_channels, layers_per_block=1, norm_num_groups=8, shift_factor=0.,
         down_block_types=("DownEncoderBlock2D",) * levels, up_block_types=("UpDecoderBlock2D",) * levels, mid_block_add_attention=False))
+    with torch.no_grad():
+        for module in vae.modules():
+            if isinstance(module, torch.nn.Conv2d): module.weight.mul_(6 ** .5)   # variance 1 / (3 fan_in) -> 2 / fan_in
+    return vae
 
 # %% ../nbs/06_tiny.ipynb #5f221824
 def tiny_text_encoder(
