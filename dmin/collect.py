@@ -68,13 +68,13 @@ def _about_samples(stored, given):
     if given[:len(stored)] == stored: return ". To append new samples, use store.add(samples)"
     return ""
 
-
+# %% ../nbs/10_collect.ipynb #81d00133
 def _processes():
     """The processes that work on this together, as `accelerate launch` or `notebook_launcher` started them; this one alone if neither did."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1: return PartialState()
     return SimpleNamespace(process_index=0, num_processes=1, wait_for_everyone=lambda: None)
 
-
+# %% ../nbs/10_collect.ipynb #ef21a4a9
 def collect(
     pipe,                                # a pipeline, or an objective made of one
     samples,                             # training data set; columns as the pipeline's family needs

@@ -99,7 +99,6 @@ class Objective:
     """
 
     options: dict = {}   # those that differ from their default
-
     def __init__(self, pipe, parameters=None):
         self.pipe, self.scheduler = pipe, pipe.scheduler
         self.model = self._model(pipe)
@@ -145,9 +144,7 @@ class Objective:
         bad = [int(t) for t in timesteps if not 0 <= int(t) < total]
         if bad: raise ValueError(f"timestep {bad[0]} is outside the scheduler: it has 0 to {total - 1}")
 
-    def encoders(self) -> list[nn.Module]:
-        """The frozen models that `encode` uses, such as an autoencoder; part of the fingerprint."""
-        return []
+    def encoders(self) -> list[nn.Module]: return []   # the frozen models that `encode` uses, such as an autoencoder; part of the fingerprint
 
     def fingerprint(self) -> str:
         """16 hex characters that change when a weight, an adapter's scale, the scheduler or the choice of parameters changes."""

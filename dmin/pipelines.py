@@ -120,7 +120,7 @@ def _unreachable(where: str, offline: str, e: Exception) -> OSError:
     return OSError(f"{where} cannot be fetched from the Hugging Face Hub: it does not exist, is not open to you, or the Hub cannot be reached. Offline, "
                    f"load_pipeline({offline!r}) works, and so does the path of a folder that save_pretrained wrote. ({type(e).__name__}: {str(e)[:200]})")
 
-
+# %% ../nbs/13_pipelines.ipynb #9115c7ff
 def load_pipeline(
     name_or_path: str | Path,                  # a name in `PIPELINES`, a folder, or a Hub id
     device: str | torch.device | None = None,  # by default the GPU if there is one; with several processes, each its own
@@ -147,7 +147,7 @@ def load_pipeline(
         warnings.warn(f"{name} is {where} as it was published: train(pipe, …) tunes it" + ("; load_pipeline(…, lora=folder) loads adapters" if source.recipe.rank else ""), stacklevel=2)
     return pipe.to(device or _device())
 
-
+# %% ../nbs/13_pipelines.ipynb #8eea3ddf
 def _device() -> str:
     "The GPU of this process if there is one."
     return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"

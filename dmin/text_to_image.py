@@ -61,7 +61,26 @@ def _released_parameters(network, parameters):
     if not names: raise ValueError("released=True counts only parameters whose name contains transformer_blocks, and there are none")
     return names
 
+# %% ../nbs/07_text_to_image.ipynb #3d07e4d6
+def _image_noise(images: torch.Tensor, shape: tuple, seed: int) -> torch.Tensor:   # (n, *shape)
+    """One draw an image, from the seed and the image's pixels."""
+    def one(x):
+        words = hashlib.blake2b(x.contiguous().numpy().tobytes() + str(seed).encode(), digest_size=8).digest()
+        return torch.randn(shape, generator=torch.Generator().manual_seed(int.from_bytes(words, "little") >> 1))
+    return torch.stack([one(x) for x in images])
 
+# %% ../nbs/07_text_to_image.ipynb #54c7675a
+def _warn_if_resized(images, size: tuple[int, int], names) -> bool:
+    """Warns, and returns True, when an image has another size; raises `ValueError` when there is no image."""
+    for image, name in zip(images, names):
+        if image is None: raise ValueError(f"{name} has no image (None): drop such rows")
+    other = next((i for i, image in enumerate(images) if image.size != size[::-1]), None)
+    if other is None: return False
+    warnings.warn(f"images of other sizes, such as {names[other]} of {images[other].width}×{images[other].height} pixels, are resized to {size[1]}×{size[0]}; "
+                  "choose with make_objective(pipe, size=…)", stacklevel=5)
+    return True
+
+# %% ../nbs/07_text_to_image.ipynb #e600b08b
 class LatentObjective(Objective):
     """What the text-to-image families share: prompts, images of any size, latents. Options:
 
@@ -85,8 +104,7 @@ class LatentObjective(Objective):
 
     def encoders(self):
         """Autoencoder and text encoders."""
-        parts = (getattr(self.pipe, name, None) for name in ("vae", "text_encoder", "text_encoder_2", "text_encoder_3"))
-        return [part for part in parts if part is not None]
+        return [part for name in ("vae", "text_encoder", "text_encoder_2", "text_encoder_3") if (part := getattr(self.pipe, name, None)) is not None]
 
     def draw_noise(self, timesteps, seed: int = 0, noises: int = 1) -> torch.Tensor:
         """The noise of each timestep (T, noises, *shape); with `released` the same for all."""
@@ -108,28 +126,15 @@ class LatentObjective(Objective):
 
     def _latents(self, images, names):
         vae, config = self.pipe.vae, self.pipe.vae.config
-        x = images_to_tensor([self._fit(image, i, names) for i, image in enumerate(images)], self.size, 3, names)
+        names = names or [f"sample {i}" for i in range(len(images))]
+        self._resized = self._resized or _warn_if_resized(images, self.size, names)
+        x = images_to_tensor([_fit(_rgb(image), self.size, None) for image in images], self.size, 3, names)
         step, parts = max(1, 2**21 // math.prod(self.size)), []   # pixels at a time, so that the autoencoder's activations stay small
         for part in x.split(step):
             found = vae.encode(part.to(vae.device, vae.dtype)).latent_dist
-            z = found.mean if self.latents == "mean" else found.mean + found.std * self._draws(part).to(found.mean)
+            z = found.mean if self.latents == "mean" else found.mean + found.std * _image_noise(part, self.shape, self.latent_seed).to(found.mean)
             parts.append((z.float() - (config.get("shift_factor") or 0.)) * config.scaling_factor)
         return torch.cat(parts).to(self.device)
-
-    def _fit(self, image, i, names):
-        if image is None: raise ValueError(f"{names[i] if names else f'sample {i}'} has no image (None): drop such rows")
-        if image.size != self.size[::-1] and not self._resized:
-            self._resized = True
-            warnings.warn(f"images of other sizes, such as {names[i] if names else f'sample {i}'} of {image.width}×{image.height} pixels, are resized to "
-                          f"{self.size[1]}×{self.size[0]}; choose with make_objective(pipe, size=…)", stacklevel=5)
-        return _fit(_rgb(image), self.size, None)
-
-    def _draws(self, images):
-        """One draw an image (n, *shape), from the seed and the image's pixels."""
-        def one(x):
-            words = hashlib.blake2b(x.contiguous().numpy().tobytes() + str(self.latent_seed).encode(), digest_size=8).digest()
-            return torch.randn(self.shape, generator=torch.Generator().manual_seed(int.from_bytes(words, "little") >> 1))
-        return torch.stack([one(x) for x in images])
 
     def embed_prompts(self, prompts: list[str]) -> dict[str, torch.Tensor]:
         """Embeddings of some prompts, each of first dimension n."""

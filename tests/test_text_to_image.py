@@ -291,7 +291,8 @@ def test_prompts_that_are_not_there(tokenizer, mixture, tmp_path, change, said):
 def test_a_long_prompt_is_cut_and_said(tokenizer, mixture, tmp_path):
     rows = mixture.select(range(2)).map(lambda x, i: {"prompt": "a rose " * 30 if i else "a rose"}, with_indices=True)
     with pytest.warns(UserWarning, match="1 of 2 prompts are longer than the 24 tokens.*of sample 1.*was cut"):
-        collect(small("sd3", tokenizer), rows, tmp_path, v=16, timesteps=1, progress=False)
+        store = collect(small("sd3", tokenizer), rows, tmp_path, v=16, timesteps=1, progress=False)
+    assert store.missing() == []
 
 
 def test_images_of_other_sizes_are_resized_and_said_once(tokenizer, mixture, tmp_path):
