@@ -30,8 +30,9 @@ from tqdm import tqdm
 
 from .data import data_folder, sample_ids
 from .objective import Objective, make_objective
-from .pipelines import PIPELINES, _locate, network, quiet_libraries, save_lora
+from .pipelines import PIPELINES, _locate, network, save_lora
 from .store import write_atomically
+from .text_to_image import quiet_libraries
 
 # %% ../nbs/14_training.ipynb #239cc7a0
 def _learning_rate(step: int, steps: int, lr: float, warmup: int) -> float:

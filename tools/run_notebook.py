@@ -26,7 +26,7 @@ def run(path: Path, output: Path, timeout: int) -> bool:
     nb = nbformat.read(path, as_version=4)
     nb.metadata.setdefault("kernelspec", {"name": "python3", "display_name": "python3", "language": "python"})
     nb.metadata.pop("widgets", None)
-    client = NotebookClient(nb, timeout=timeout, kernel_name="python3", store_widget_state=False, on_cell_executed=echo,
+    client = NotebookClient(nb, timeout=timeout, kernel_name="python3", store_widget_state=False, coalesce_streams=True, on_cell_executed=echo,
                             extra_arguments=["--log-level=40"], resources={"metadata": {"path": str(path.parent)}})
     start, error = time.perf_counter(), None
     try: client.execute()
