@@ -7,9 +7,8 @@ __all__ = ['SUBSETS', 'AUTHORS', 'SIZES', 'FEATURES', 'NOISES', 'Subset', 'add_n
            'load_mixture', 'show_mixture']
 
 # %% ../nbs/02_mixture.ipynb #7eadd789
-from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +18,7 @@ from datasets import Image as ImageFeature
 from PIL import Image
 
 from .data import _fit, _pair, data_folder
+from .show import show_images
 
 # %% ../nbs/02_mixture.ipynb #2c3cc529
 @dataclass(frozen=True)

@@ -14,7 +14,6 @@ import re
 
 import numpy as np
 import torch
-from diffusers import DDPMScheduler
 from torch import nn
 
 from .data import images_to_tensor

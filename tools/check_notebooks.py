@@ -1,7 +1,8 @@
-"""Checks that what is committed agrees: clean notebooks, dmin/ as exported from them, README.md as made from nbs/index.ipynb."""
+"""Checks that what is committed agrees: clean notebooks, dmin/ as exported from them and with all its names, README.md as made from nbs/index.ipynb."""
 import difflib
 import os
 import shutil
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -58,6 +59,12 @@ def unlike_export() -> list[str]:
     return found
 
 
+def careless_names() -> list[str]:
+    """Names that a module of dmin/ uses and does not have, which a notebook with more imports would hide, or imports and does not use."""
+    said = subprocess.run([sys.executable, "-m", "pyflakes", "dmin"], capture_output=True, text=True).stdout.splitlines()
+    return [f"{line}: see the exported imports of its notebook" for line in said if "__init__.py" not in line]
+
+
 def unlike_readme() -> list[str]:
     """Where README.md and its pictures differ from what nbs/index.ipynb makes."""
     fresh = make_readme()
@@ -69,7 +76,7 @@ def unlike_readme() -> list[str]:
 if __name__ == "__main__":
     os.chdir(ROOT)
     paths = [p for p in sorted((ROOT / "nbs").rglob("*.ipynb")) if ".ipynb_checkpoints" not in p.parts]
-    found = [what for path in paths for what in unclean(path)] + unlike_export() + unlike_readme()
+    found = [what for path in paths for what in unclean(path)] + unlike_export() + careless_names() + unlike_readme()
     for what in found: print(what, file=sys.stderr)
     print(f"{len(paths)} notebooks checked, {len(found)} things to mend", flush=True)
     sys.exit(1 if found else 0)
