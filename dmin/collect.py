@@ -42,7 +42,7 @@ def _fill(store, batch_size, progress, processes):
     shards: dict[int, list[int]] = {}
     for row in missing: shards.setdefault(row // size, []).append(row)
     mine = list(shards.values())[rank::n]
-    with tqdm(total=sum(map(len, mine)), desc="collecting gradients" + f" ({n} processes, share of the first)" * (n > 1), unit="sample", disable=not progress or rank > 0) as bar:
+    with tqdm(total=sum(map(len, mine)), desc="collecting gradients" + f" ({n} processes, share of the first)" * (n > 1), unit="sample", disable=not (progress and mine) or rank > 0) as bar:
         for i, rows in enumerate(mine):
             store.write(rows, *_compute(store, store.samples, rows, batch_size, verify=i == 0)[:3])
             bar.update(len(rows))

@@ -7,6 +7,7 @@ Notebooks find the folder for what they make in the environment variable DMIN_OU
 """
 import argparse
 import os
+import re
 import sys
 import time
 from pathlib import Path
@@ -22,6 +23,13 @@ def echo(cell, cell_index, **_):
         if output.output_type == "stream" and output.name == "stdout": print(output.text, end="", flush=True)
 
 
+def tidy(text: str) -> str:
+    """Standard error as one would keep it: the end of each progress bar, none that never moved, and warnings without this machine's folders."""
+    lines = [line.split("\r")[-1] for line in text.replace("\r\n", "\n").split("\n")]
+    lines = [line for line in lines if not re.search(r"\b0%\|", line)]
+    return re.sub(r"(?m)^/\S*?/(ipykernel_\d+/\d+\.py:\d+: |(?=dmin/\S+\.py:\d+: ))", "", "\n".join(lines))
+
+
 def run(path: Path, output: Path, timeout: int) -> bool:
     nb = nbformat.read(path, as_version=4)
     nb.metadata.setdefault("kernelspec", {"name": "python3", "display_name": "python3", "language": "python"})
@@ -31,6 +39,10 @@ def run(path: Path, output: Path, timeout: int) -> bool:
     start, error = time.perf_counter(), None
     try: client.execute()
     except CellExecutionError as e: error = e
+    for cell in (c for c in nb.cells if c.cell_type == "code"):
+        for o in cell.outputs:
+            if o.output_type == "stream" and o.name == "stderr": o.text = tidy(o.text)
+        cell.outputs = [o for o in cell.outputs if o.output_type != "stream" or o.text.strip()]
     if error is None or output != path:  # in place, a failed run leaves the notebook as it was
         output.parent.mkdir(parents=True, exist_ok=True)
         nbformat.write(nb, output)
