@@ -5,10 +5,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
-from diffusers import DDPMPipeline
+from diffusers import DDPMPipeline, StableDiffusion3Pipeline, StableDiffusionPipeline
 
 from dmin.data import data_folder
+from dmin.pipelines import PIPELINES
+from dmin.training import training_record
 
 ROOT = Path(__file__).parents[1]
 
@@ -32,12 +35,25 @@ def test_modules_import_only_lower_numbers():
         for used in re.findall(r"^from \.(\w+) import", path.read_text(), re.M): assert number[used] < number[path.stem], (path.name, used)
 
 
-def test_shipped_pipeline_opens_in_plain_diffusers():
-    folder = data_folder() / "tiny" / "ddpm-mnist"
-    assert sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()) <= 4_000_000
-    pipe = DDPMPipeline.from_pretrained(str(folder))
-    assert pipe.unet.config.in_channels == 1 and pipe.scheduler.config.num_train_timesteps == 1000
+@pytest.mark.parametrize("folder, kind, most", [("ddpm-mnist", DDPMPipeline, 4e6), ("sd3", StableDiffusion3Pipeline, 12e6), ("sd", StableDiffusionPipeline, 12e6)])
+def test_shipped_pipeline_opens_in_plain_diffusers(folder, kind, most):
+    folder = data_folder() / "tiny" / folder
+    assert sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()) <= most
+    absent = {"text_encoder_3": None, "tokenizer_3": None} if kind is StableDiffusion3Pipeline else {}
+    pipe = kind.from_pretrained(str(folder), **absent)
+    assert pipe.scheduler.config.num_train_timesteps == 1000
+    if kind is not DDPMPipeline:
+        image = pipe("a photo of a pink flower", num_inference_steps=2, **({"max_sequence_length": 1} if absent else {})).images[0]
+        assert image.size == (64, 64) and np.asarray(image).std() > 1
     assert not [p for p in folder.rglob("*") if p.suffix in (".bin", ".pt", ".ckpt")]
+
+
+@pytest.mark.parametrize("name, most", [("sd3-lora", 1e6), ("sd-lora", 1e6), ("sd3-full", 12e6)])
+def test_shipped_tuning_has_its_record(name, most):
+    folder = data_folder() / "tiny" / name
+    assert sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()) <= most
+    record = training_record(f"tiny-{name}")
+    assert record["n_train"] == 974 and record["dataset"] == "mini" and round(record["epochs"]) == PIPELINES[f"tiny-{name}"].recipe.epochs
 
 
 @pytest.mark.parametrize("name", ["mnist_5k.npz", "clipart_10.npz", "cards.parquet", "clipart.parquet", "creatures.parquet", "flowers.parquet", "renders.parquet", "toys.parquet"])
