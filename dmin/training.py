@@ -349,9 +349,10 @@ def save_trained(
     save = {"pipeline": pipe.save_pretrained, "adapters": lambda to: save_lora(pipe, to), "network": network(pipe).save_pretrained}
     if part not in save: raise ValueError(f"part={part!r}: choose one of {', '.join(save)}")
     with quiet_libraries(): save[part](folder)
-    for path in Path(folder).rglob("config.json"):   # diffusers notes the folder that a part was loaded from
+    for path in Path(folder).rglob("*.json"):   # diffusers and transformers note the folder that a part was loaded from
         config = json.loads(path.read_text())
-        if config.pop("_name_or_path", None) is not None: path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        found = [config.pop(key) for key in ("_name_or_path", "name_or_path") if key in config]
+        if found: path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
     (Path(folder) / "training.json").write_text(json.dumps(log.record() | more, indent=2) + "\n")
 
 
