@@ -64,7 +64,9 @@ def _timesteps(objective, timesteps, spacing):
 def _about_samples(stored, given):
     """The way out when one data set is the beginning of the other."""
     if stored == given: return ""
-    if stored[:len(given)] == given: return f", and all {len(stored)} samples that it holds: {len(stored) - len(given)} were added later"
+    if stored[:len(given)] == given:
+        return (f". It has these samples and {len(stored) - len(given)} that were added later: pass all of them, datasets.concatenate_datasets([samples, added]), or open it "
+                "with open_store(folder, pipe, samples), which computes nothing")
     if given[:len(stored)] == stored: return ". To append new samples, use store.add(samples)"
     return ""
 

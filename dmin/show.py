@@ -139,7 +139,7 @@ def _layout(strip: Strip) -> _Layout:
     if len(strip.images) != len(strip.titles): raise ValueError(f"a strip has {len(strip.images)} images and {len(strip.titles)} titles")
     if not len(strip.images): raise ValueError("a strip has no training images")
     query = _wrap(strip.query_title, _QUERY_SIDE + .1, _POINTS, 5)
-    titles = [[_shorten(line, _SIDE + _GAP / 2, _POINTS) for line in t.split("\n")] for t in strip.titles]
+    titles = [_wrap(t, _SIDE + _GAP / 2, _POINTS, 4) for t in strip.titles]
     step = _SIDE + .04 + max(map(len, titles)) * _POINTS * _LINE + .08
     heading = _HEADING * _LINE + .06 if strip.heading else 0
     left = (_QUERY_SIDE if strip.query_image is not None else 0) + .05 + len(query) * _POINTS * _LINE
