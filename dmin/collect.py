@@ -106,8 +106,8 @@ def collect(
     width = make_compressor(d, v).v   # complains about v before anything is computed
     if batch_size < 1: raise ValueError(f"batch_size={batch_size}: a pass has at least one row")
     if shard_size is None: shard_size = max(1, min(64, 2**28 // (4 * len(timesteps) * width)))
-    manifest = Manifest(objective.describe(), objective.fingerprint(), d, timesteps, v, seed, seed, noises, dtype, shard_size, sample_ids(samples))
     objective.check(samples)
+    manifest = Manifest(objective.describe(), objective.fingerprint(), d, timesteps, v, seed, seed, noises, dtype, shard_size, sample_ids(samples))
     processes = _processes()
     if processes.process_index == 0 and not (folder / "manifest.json").exists(): Store.create(folder, manifest)
     processes.wait_for_everyone()

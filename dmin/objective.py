@@ -56,6 +56,7 @@ def region_mask(
 ) -> torch.Tensor:      # (H, W) float32, at most 1
     """A region of an image, pixel by pixel. Raises `ValueError` for one that is empty or outside the image."""
     height, width = image.height, image.width
+    if isinstance(region, str): raise ValueError(f"region={region!r}: give a box (left, top, right, bottom) in pixels, or a mask of the image's size")
     if isinstance(region, (tuple, list)) and len(region) == 4 and all(np.isscalar(x) for x in region):
         left, top, right, bottom = region
         if not (0 <= left < right <= width and 0 <= top < bottom <= height):
@@ -66,7 +67,7 @@ def region_mask(
     if mask.shape != (height, width):
         raise ValueError(f"the region's mask has shape {mask.shape}, expected {(height, width)}, the image's height and width; or give a box (left, top, right, bottom)")
     mask = torch.from_numpy(mask.astype(np.float32))
-    if not mask.isfinite().all() or mask.min() < 0 or mask.max() == 0: raise ValueError("the region is empty or has negative values: mark at least one pixel")
+    if not mask.isfinite().all() or mask.min() < 0 or mask.max() == 0: raise ValueError("the region is empty or has negative values: mark at least one pixel (boxes are in pixels, not in shares of the image)")
     return mask / mask.max()
 
 

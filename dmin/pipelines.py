@@ -187,7 +187,8 @@ def load_lora(pipe: DiffusionPipeline, where: str | Path) -> DiffusionPipeline:
     try:
         with quiet_libraries(): found = pipe.lora_state_dict(str(where))
     except (OSError, ValueError) as e:   # offline, diffusers raises ValueError for a Hub id
-        if Path(where).exists(): raise OSError(f"no adapters can be read in {where}: {e}") from e
+        if Path(where).exists(): raise OSError(f"no adapters can be read in {where}: save_lora, or diffusers' save_lora_weights, writes pytorch_lora_weights.safetensors. ({str(e)[:200]})") from e
+        if str(where).startswith(("/", ".", "~")): raise OSError(f"there are no adapters in {where}: no such folder") from e
         raise _unreachable(str(where), "tiny-sd3-lora", e) from e
     state = found[0] if isinstance(found, tuple) else found
     modules = {name for name, _ in network(pipe).named_modules()}

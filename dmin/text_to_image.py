@@ -32,7 +32,7 @@ def _check_prompts(samples, names=None) -> list[str]:
     prompts = list(samples["prompt"])
     for i, prompt in enumerate(prompts):
         if isinstance(prompt, str) and prompt.strip(): continue
-        what = "is empty" if isinstance(prompt, str) else f"is {prompt!r}"
+        what = "is empty" if isinstance(prompt, str) else f"is {prompt!r}, not a string"
         raise ValueError(f"the prompt of {names[i] if names else f'sample {i}'} {what}: give it one, or drop such rows, samples.filter(lambda row: row['prompt'])")
     return prompts
 
