@@ -201,6 +201,7 @@ _MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 
 def _to_array(image, name: str, size: tuple[int, int], channels: int) -> np.ndarray:
     """(H, W, C) float32 in [-1, 1]; `name` is for the errors."""
+    if image is None: raise ValueError(f"{name} has no image (None): drop such rows")
     if isinstance(image, Image.Image) and image.mode in ("P", "HSV", "LAB", "YCbCr", "CMYK"):
         raise ValueError(f"{name} has mode {image.mode}, whose values are not grey levels or red, green and blue: use image.convert({_MODES.get(channels)!r})")
     a = np.asarray(image)

@@ -154,7 +154,7 @@ def test_a_region_of_everything_is_the_whole(tokenizer, mixture, tmp_path):
     assert torch.allclose(whole, all_of_it, rtol=1e-4) and not torch.allclose(whole, corner, rtol=1e-2)
     mask = np.zeros((64, 64)); mask[:16, :16] = 1
     assert torch.allclose(store.influence(query, region=mask).values, corner, rtol=1e-4)
-    for bad, said in [((0, 0, 65, 10), "not a box"), (np.zeros((64, 64)), "is empty"), (np.ones((3, 3)), "expected (64, 64)"), ([(0, 0, 1, 1)] * 2, "2 regions for 1")]:
+    for bad, said in [((0, 0, 65, 10), "not a box"), (np.zeros((64, 64)), "is empty"), ("left", "give a box"), ((0., 0., .5, 1.), "in pixels"), (np.ones((3, 3)), "expected (64, 64)"), ([(0, 0, 1, 1)] * 2, "2 regions for 1")]:
         with pytest.raises(ValueError) as e: store.influence(query, region=bad)
         assert said in str(e.value)
 
@@ -279,10 +279,12 @@ def test_manifest_names_the_options(tokenizer, mixture, tmp_path):
 # bad input
 
 @pytest.mark.parametrize("change, said", [
-    (dict(rename=("prompt", "text")), "no column 'prompt'"), (dict(prompt=""), "sample 1 is empty"), (dict(prompt=None), "sample 1 is None")])
+    (dict(rename=("prompt", "text")), "no column 'prompt'"), (dict(prompt=""), "sample 1 is empty"), (dict(prompt=None), "sample 1 is None, not a string"),
+    (dict(numbers=True), "sample 0 is 0, not a string")])
 def test_prompts_that_are_not_there(tokenizer, mixture, tmp_path, change, said):
     rows = mixture.select(range(3)).remove_columns(["subset", "noised", "source", "origin"])
     if "rename" in change: rows = rows.rename_column(*change["rename"])
+    elif "numbers" in change: rows = rows.remove_columns("prompt").add_column("prompt", [0, 1, 2])
     else: rows = rows.map(lambda x, i: {"prompt": change["prompt"] if i == 1 else x["prompt"]}, with_indices=True)
     with pytest.raises(ValueError) as e: collect(small("sd3", tokenizer), rows, tmp_path / "store", v=16, timesteps=1, progress=False)
     assert said in str(e.value) and not (tmp_path / "store").exists()
