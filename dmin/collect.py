@@ -72,8 +72,8 @@ def _about_samples(stored, given):
 
 # %% ../nbs/10_collect.ipynb #81d00133
 def _processes():
-    """The processes that work on this together, as `accelerate launch` or `notebook_launcher` started them; this one alone if neither did."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1: return PartialState()
+    """The processes that work on this together, as `torchrun`, `accelerate launch` or `notebook_launcher` started them; this one alone if none did."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1: return PartialState(cpu=not torch.cuda.is_available())   # without cpu=True, accelerate takes each CPU process for the only one
     return SimpleNamespace(process_index=0, num_processes=1, wait_for_everyone=lambda: None)
 
 # %% ../nbs/10_collect.ipynb #ef21a4a9
@@ -95,7 +95,7 @@ def collect(
 ) -> Store:
     """Collects the compressed gradients of all samples; resumes when the folder holds an unfinished store of the same recipe.
 
-    Started by `accelerate launch` or `accelerate.notebook_launcher`, several processes share the work, and the store is the one that a
+    Started by `torchrun`, `accelerate launch` or `accelerate.notebook_launcher`, several processes share the work, and the store is the one that a
     single process makes, to the bit when each computes with as many threads. All get the complete store back.
 
     Raises `ValueError` when the folder holds a store of another model, data set, seed, timestep set or v, saying which differ; `OSError` when the disk is
@@ -181,10 +181,17 @@ def query_gradients(
     region=None,              # of the images that is asked about, see `dmin.objective.region_weight`: one for all, or a list of one for each
     progress: bool = False,   # show a bar
 ) -> Gradients:               # of n queries
-    """The queries' compressed gradients, by the store's recipe. Raises `ValueError` when the store does not know its pipeline."""
+    """The queries' compressed gradients, by the store's recipe. Raises `ValueError` when the store does not know its pipeline.
+
+    The last ones are kept, up to 256 MB, so that several methods that ask a store about the same queries compute them once.
+    """
     if store.objective is None: raise ValueError("this store does not know its pipeline: open it with open_store(folder, pipe)")
     queries = as_samples(queries)
-    return _compute(store, queries, range(len(queries)), batch_size, "query", regions=_regions(region, len(queries)), progress=progress)
+    asked = None if region is not None else (id(store.objective), sample_ids(queries))
+    if asked and store.last_queries[0] == asked: return store.last_queries[1]
+    found = _compute(store, queries, range(len(queries)), batch_size, "query", regions=_regions(region, len(queries)), progress=progress)
+    if asked and found.compressed.nbytes <= 2**28: store.last_queries = asked, found
+    return found
 
 
 def _regions(region, n):

@@ -162,6 +162,7 @@ class _Files:
         self.manifest = _read_manifest(self.folder)
         self._fingerprint, self._shards = self.manifest.fingerprint(), {}
         self.objective = self.samples = None   # what it was collected from, when known: see dmin.collect
+        self.last_queries = None, None         # what was asked last and its gradients, see dmin.collect.query_gradients
         self.refresh(verify)
 
     def refresh(self, verify: bool = True) -> None:

@@ -193,6 +193,9 @@ from dmin import collect, load_mixture, load_pipeline
 rows = load_mixture("mini").select(range(20))
 store = collect(load_pipeline(sys.argv[1], lora=sys.argv[2]), rows, sys.argv[3], v=256, timesteps=3, shard_size=2, progress=False)
 store.check_complete()
+from accelerate import PartialState
+state = PartialState(cpu=not torch.cuda.is_available())
+print(f"process {state.process_index} of {state.num_processes}")
 """
 
 
@@ -209,8 +212,7 @@ def saved(tokenizer, tmp_path_factory):
 
 def start(saved, store, processes):
     environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(processes), "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
-              "--main_process_port", "0"] if processes > 1 else []
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)] if processes > 1 else []
     return subprocess.Popen([sys.executable, *launch, str(saved / "work.py"), str(saved / "base"), str(saved / "lora"), str(store)], env=environment, start_new_session=True,
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
@@ -221,6 +223,8 @@ def work(base, lora, folder):
     from dmin import collect, load_mixture, load_pipeline
     rows = load_mixture("mini").select(range(20))
     collect(load_pipeline(base, lora=lora), rows, folder, v=256, timesteps=3, shard_size=2, progress=False).check_complete()
+    from accelerate import PartialState
+    print(f"process {PartialState().process_index} of {PartialState().num_processes}", flush=True)
 if __name__ == "__main__":
     import socket
     from accelerate import notebook_launcher
@@ -234,6 +238,7 @@ if __name__ == "__main__":
 def finish(process):
     out, _ = process.communicate(timeout=900)
     assert process.returncode == 0, out[-3000:]
+    return out
 
 
 def bytes_of(store): return {f.name: f.read_bytes() for f in store.iterdir() if not f.name.startswith(".")}
@@ -241,7 +246,8 @@ def bytes_of(store): return {f.name: f.read_bytes() for f in store.iterdir() if 
 
 def test_two_processes_equal_one(saved, tmp_path):
     finish(start(saved, tmp_path / "one", 1))
-    finish(start(saved, tmp_path / "two", 2))
+    said = finish(start(saved, tmp_path / "two", 2))
+    assert "process 0 of 2" in said and "process 1 of 2" in said
     assert bytes_of(tmp_path / "one") == bytes_of(tmp_path / "two") and len(bytes_of(tmp_path / "one")) == 11
 
 
@@ -251,6 +257,7 @@ def test_notebook_launcher(saved, tmp_path):
     done = subprocess.run([sys.executable, str(saved / "launcher.py"), str(saved / "base"), str(saved / "lora"), str(tmp_path / "two")], capture_output=True, text=True, timeout=600,
                           env=os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-3000:]
+    assert "process 0 of 2" in done.stdout and "process 1 of 2" in done.stdout
     assert bytes_of(tmp_path / "one") == bytes_of(tmp_path / "two")
 
 
