@@ -20,7 +20,7 @@ from transformers.utils import logging as transformers_logging
 
 from .data import _fit, _pair, images_to_tensor
 from .mixture import _rgb
-from .objective import Objective, counted_parameters, diffusion_target, draw_noise, register_objective, weighted_mean
+from .objective import Objective, counted_parameters, diffusion_target, draw_noise, register_objective
 
 # %% ../nbs/07_text_to_image.ipynb #0a5bad46
 def _check_prompts(samples, names=None) -> list[str]:
@@ -97,11 +97,11 @@ class LatentObjective(Objective):
     `transformer_blocks` in their name count, and one noise serves all timesteps. Without classifier-free dropout: every prompt is used.
     """
 
-    def __init__(self, pipe, parameters=None, size=None, latents: str = "mean", latent_seed: int = 0, released: bool = False):
+    def __init__(self, pipe, parameters=None, size=None, latents: str = "mean", latent_seed: int = 0, released: bool = False, output: str = "loss"):
         chosen = {"size": size, "latents": latents != "mean" and latents, "latent_seed": latent_seed, "released": released}
         self.options = {name: value for name, value in chosen.items() if value}
         if latents not in ("mean", "draw"): raise ValueError(f"latents={latents!r}: choose mean or draw")
-        super().__init__(pipe, _released_parameters(self._model(pipe), parameters) if released else parameters)
+        super().__init__(pipe, _released_parameters(self._model(pipe), parameters) if released else parameters, output)
         self.latents, self.latent_seed, self.released, self._resized = latents, latent_seed, released, False
         shrink, patch = 2 ** (len(pipe.vae.config.block_out_channels) - 1), self.model.config.get("patch_size") or 1
         native = self.model.config.sample_size
@@ -157,12 +157,11 @@ class StableDiffusionObjective(LatentObjective):
         """`prompt` (n, tokens, width)."""
         return {"prompt": self.pipe.encode_prompt(prompts, self.device, 1, False)[0].to(self.device)}
 
-    def loss(self, encoded: dict[str, torch.Tensor], t: torch.Tensor, eps: torch.Tensor) -> torch.Tensor:
-        """The loss of each row, shape (n,)."""
+    def predict(self, encoded: dict[str, torch.Tensor], t: torch.Tensor, eps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the network predicts, and what it should, (n, *shape) each."""
         z0, dtype = encoded["z0"], self.model.dtype
-        zt = self.scheduler.add_noise(z0, eps, t).to(dtype)
-        predicted = self.model(zt, t, encoder_hidden_states=encoded["prompt"].to(dtype)).sample.float()
-        return weighted_mean((predicted - diffusion_target(self.scheduler, z0, eps, t)).square(), encoded.get("weight"))
+        zt = self.noisy(z0, eps, t).to(dtype)
+        return self.model(zt, t, encoder_hidden_states=encoded["prompt"].to(dtype)).sample.float(), diffusion_target(self.scheduler, z0, eps, t)
 
 # %% ../nbs/07_text_to_image.ipynb #3d39f091
 class _CountLast(TorchFunctionMode):
@@ -215,14 +214,18 @@ class StableDiffusion3Objective(LatentObjective):
         embeddings, _, pooled, _ = self.pipe.encode_prompt(prompts, None, None, do_classifier_free_guidance=False, device=self.device, max_sequence_length=length)
         return {"prompt": embeddings.to(self.device), "pooled": pooled.to(self.device)}
 
-    def loss(self, encoded: dict[str, torch.Tensor], t: torch.Tensor, eps: torch.Tensor) -> torch.Tensor:
-        """The loss of each row, shape (n,)."""
+    def noisy(self, z0: torch.Tensor, eps: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        """What the network sees, (n, *shape): a straight way from `z0` to the noise."""
+        s = self.sigmas.to(t.device)[t].view(-1, 1, 1, 1)
+        return (1 - s) * z0 + s * eps
+
+    def predict(self, encoded: dict[str, torch.Tensor], t: torch.Tensor, eps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the network predicts, and what it should, (n, *shape) each."""
         z0, dtype, sigma = encoded["z0"], self.model.dtype, self.sigmas.to(t.device)[t]
-        s = sigma.view(-1, 1, 1, 1)
         with zeros_counted(self.pipe, z0.shape[2:], self.max_sequence_length):
-            predicted = self.model(((1 - s) * z0 + s * eps).to(dtype), encoder_hidden_states=encoded["prompt"].to(dtype), pooled_projections=encoded["pooled"].to(dtype),
+            predicted = self.model(self.noisy(z0, eps, t).to(dtype), encoder_hidden_states=encoded["prompt"].to(dtype), pooled_projections=encoded["pooled"].to(dtype),
                                    timestep=(sigma * self.scheduler.config.num_train_timesteps).to(dtype)).sample.float()
-        return weighted_mean((predicted - (eps if self.released else eps - z0)).square(), encoded.get("weight"))
+        return predicted, eps if self.released else eps - z0
 
 
 def noise_levels(scheduler) -> torch.Tensor:   # (num_train_timesteps,) float32

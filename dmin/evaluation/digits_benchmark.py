@@ -62,7 +62,7 @@ class DigitsBenchmark:
     `build` makes what is missing. Raises `FileNotFoundError` where something is read that was not built.
     """
 
-    def __init__(self, folder: "str | Path | None" = None, recipe: Recipe = Recipe(), halves: int = 32, other_halves: int = 64):
+    def __init__(self, folder: "str | Path | None" = None, recipe: Recipe = Recipe(), halves: int = 32, other_halves: int = 32):
         self.folder, self.recipe = Path(folder or data_folder() / "digits_benchmark"), recipe
         self.halves = random_subsets(recipe.samples, halves, seed=1)               # judge: two seeds each
         self.other_halves = random_subsets(recipe.samples, other_halves, seed=2)   # for retraining methods: one seed each
