@@ -25,10 +25,11 @@ help:
 install: $(INSTALLED)
 
 # Runs again only when what is to be installed has changed.
-$(INSTALLED): pyproject.toml constraints.txt
+$(INSTALLED): pyproject.toml constraints.txt tests/peers.txt
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	options="$$($(PY) tools/torch_index.py '$(TORCH_INDEX)')" && \
 	  $(PY) -m pip install --progress-bar off $$options -e '.[dev]' -c constraints.txt
+	$(PY) -m pip install --progress-bar off --no-deps -r tests/peers.txt
 	touch $@
 
 quickstart: $(INSTALLED)
@@ -38,6 +39,7 @@ test: export DMIN_PRESET = smoke
 test: export DMIN_OUT = $(CURDIR)/out/smoke
 test: export HF_HUB_OFFLINE = 1
 test: export OMP_NUM_THREADS = 1
+test: export DMIN_REQUIRE_PEERS = 1
 test: $(INSTALLED)
 	$(PY) tools/check_notebooks.py
 	$(PY) -m pytest -n $(JOBS) --nbmake --nbmake-kernel=python3 --nbmake-timeout=900 --durations=10 nbs

@@ -11,7 +11,6 @@ from diffusers import DDIMScheduler
 from torch import nn
 
 from .first_order import _weights, mean_gradients
-from .trak import choose_damping, own_rows
 from ..compression import make_compressor
 from ..data import as_samples
 from ..gradients import PerSampleGradients, flatten_like_gradient, sample_gradients
@@ -28,12 +27,11 @@ def unflatten_gradient(vector: torch.Tensor, parameter: torch.Tensor) -> torch.T
     return x.permute(*range(n), *range(n + spatial, n + spatial + len(shape[:2])), *range(n, n + spatial))
 
 
-def query_matrices(store: Store, queries, weights=None, noise_seed: "int | None" = None) -> list[torch.Tensor]:   # one (n_queries, *shape) a parameter
-    """The queries' gradients, summed over the store's timesteps by weight, parameter by parameter and not compressed. `noise_seed`: another than the store's."""
+def query_matrices(store: Store, queries, weights=None) -> list[torch.Tensor]:   # one (n_queries, *shape) a parameter
+    """The queries' gradients, summed over the store's timesteps by weight, parameter by parameter and not compressed."""
     objective, m = store.objective, store.manifest
     if objective is None: raise ValueError("this store does not know its pipeline: open it with open_store(folder, pipe)")
-    seed = m.noise_seed if noise_seed is None else noise_seed
-    g = sample_gradients(objective, as_samples(queries), torch.tensor(m.timesteps), make_compressor(m.parameters, None), seed, m.noises)
+    g = sample_gradients(objective, as_samples(queries), torch.tensor(m.timesteps), make_compressor(m.parameters, None), m.noise_seed, m.noises)
     return _matrices(objective, torch.einsum("qtd,t->qd", g.compressed, _weights(store, weights)))
 
 
@@ -69,15 +67,15 @@ def curvature_batches(objective: Objective, samples, timesteps: int = 1, batch_s
 class KFAC:
     """Influence with the inverse of a Kronecker-factored curvature, on the store's compressed training gradients.
 
-    The damping is a share of the curvature's mean eigenvalue, and exact, as both factors' eigenvalues are known; without one it is chosen by `choose_damping`, and `dampings` then has the curve. `weights` (T,) of
-    the timesteps make the query's measurement: None is the loss, `elbo_weights` the evidence lower bound. Parameters of layers other than linear and convolutional ones are left out. Needs curvlinops:
+    The damping is a share of the curvature's mean eigenvalue, and exact, as both factors' eigenvalues are known; a tenth is usual (Grosse et al. 2023), and other values between .01 and 10 changed little where
+    we tried. `weights` (T,) of the timesteps make the query's measurement: None is the loss, `elbo_weights` the evidence lower bound. Parameters of layers other than linear and convolutional ones are left out. Needs curvlinops:
     raises `ImportError` without. Costs `draws` passes over the training set, and a full gradient a query. Source: Mlodozeniec et al. 2024, Eq. 6, 10 and 12.
     """
 
     def __init__(
         self,
         store: Store,
-        damping: "float | None" = None,
+        damping: float = .1,
         fisher: str = "mc",              # "mc": targets drawn from the model, the paper's GGN-model; "empirical": the true ones, its GGN-loss
         approximation: str = "expand",   # or "reduce"
         corrected: bool = False,         # eigenvalues measured in the factors' eigenbasis (EK-FAC)
@@ -90,19 +88,16 @@ class KFAC:
         for name, value, known in (("fisher", fisher, ("mc", "empirical")), ("approximation", approximation, ("expand", "reduce"))):
             if value not in known: raise ValueError(f"{name}={value!r}: choose one of {', '.join(known)}")
         if query_bits is not None and not 2 <= query_bits <= 16: raise ValueError(f"query_bits={query_bits}: choose 2 to 16, or None for no rounding")
-        self.store, self.weights, self.query_bits, self.dampings = store, weights, query_bits, None
+        self.store, self.weights, self.query_bits = store, weights, query_bits
         kinds = ["empirical"] * (fisher == "empirical") + ["reduce"] * (approximation == "reduce")
         self.name = ("EK-FAC" if corrected else "K-FAC") + (f" ({', '.join(kinds)})" if kinds else "")
         self._covered, self._train = _covered(store.objective), mean_gradients(store)
         self._curvature = _curvature(store.objective, store.samples, self._covered, fisher, approximation, corrected, draws, seed)
         self._unit = float(self._curvature.trace) / sum(store.objective.parameters[name].numel() for name in self._covered)
-        if damping is None:
-            rows = own_rows(store)
-            own = query_matrices(store, store.samples.select(rows), weights, store.manifest.noise_seed + 1)
-            damping, self.dampings = choose_damping(lambda x: self._damped(x)._scores(own), rows)
-        self._damped(damping)
+        self.set_damping(damping)
 
-    def _damped(self, damping):
+    def set_damping(self, damping: float) -> "KFAC":
+        """Another damping at little cost: the factors stay. Raises `ValueError` when it is not positive."""
         if not damping > 0: raise ValueError(f"damping={damping}: a positive number is needed, such as 0.01")
         self.damping, self._inverse = damping, _inverse(self._curvature, damping * self._unit)
         return self

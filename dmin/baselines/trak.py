@@ -128,6 +128,11 @@ class TRAK:
         if self.form == "relative": return scores / self.kernel.norms(damping)
         return scores / self._norms if self.form == "renormalised" else scores
 
+    def set_damping(self, damping: float):
+        """The same with another damping; what was fitted stays."""
+        self.damping = damping
+        return self
+
     def scores(self, queries) -> torch.Tensor:
         """(n_queries, n_train), higher is more influential."""
         return self._scores(self._projected(mean_query_gradients(self.store, queries, self.weights)), self.damping)

@@ -48,6 +48,11 @@ class WhitenedDMin:
 
     def _scores(self, vectors, damping): return sum(w * kernel.scores(vectors[:, t], damping) for t, (kernel, w) in enumerate(zip(self.kernels, self.weights)))
 
+    def set_damping(self, damping: float):
+        """The same with another damping; what was fitted stays."""
+        self.damping = damping
+        return self
+
     def scores(self, queries) -> torch.Tensor:
         """(n_queries, n_train), higher is more influential."""
         return self._scores(query_vectors(self.store, query_gradients(self.store, queries)), self.damping)

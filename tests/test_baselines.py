@@ -1,0 +1,162 @@
+"""What every attributor must have in common, and the measures against brute force."""
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import spearmanr
+
+from dmin import DMin, collect, generate, load_images
+from dmin.baselines.first_order import Gradient, TracInCP
+from dmin.baselines.kfac import KFAC
+from dmin.baselines.second_order import DataInf, LiSSA
+from dmin.baselines.similarity import CLIP, SSIM, RawPixels, Random
+from dmin.baselines.trak import TRAK, Ensemble, JourneyTRAK
+from dmin.baselines.whitened import WhitenedDMin
+from dmin.evaluation.detection import detection_table
+from dmin.evaluation.lds import Retrained, ceiling_per_query, lds_per_query, random_subsets
+from dmin.evaluation.results import interval
+from dmin.tiny import tiny_ddpm
+
+ATTRIBUTORS = {
+    "pixels": lambda s: RawPixels(s.samples), "pixels, dot": lambda s: RawPixels(s.samples, cosine=False), "SSIM": lambda s: SSIM(s.samples, progress=False), "CLIP": lambda s: CLIP(s.samples),
+    "Gradient": Gradient, "cosine": lambda s: Gradient(s, cosine=True), "TracInCP": lambda s: TracInCP([s]), "GAS": lambda s: TracInCP([s], cosine=True),
+    "TRAK": lambda s: TRAK(s, .1), "relative": lambda s: TRAK(s, .1, "relative"), "renormalised": lambda s: TRAK(s, .1, "renormalised"), "ensemble": lambda s: Ensemble([TRAK(s, .1), TRAK(s, 1.)]),
+    "Journey-TRAK": lambda s: JourneyTRAK(s, .1, steps=4), "LiSSA": LiSSA, "DataInf": DataInf, "identity": lambda s: DataInf(s, identity=True), "K-FAC": KFAC, "EK-FAC": lambda s: KFAC(s, corrected=True),
+    "DMin": DMin, "w/o Norm.": lambda s: DMin(s, normalise=False), "whitened": lambda s: WhitenedDMin(s, .1),
+}
+
+
+@pytest.fixture(scope="module")
+def pipe(): return tiny_ddpm(8, channels=(16,))
+
+
+@pytest.fixture(scope="module")
+def store(pipe, tmp_path_factory):
+    digits = load_images("mnist_5k", size=8).select(range(0, 4000, 200))
+    return collect(pipe, digits, tmp_path_factory.mktemp("store"), v=512, timesteps=3, dtype="float32", progress=False)
+
+
+@pytest.fixture(scope="module")
+def queries(pipe): return generate(pipe, 4, steps=4, progress=False)
+
+
+@pytest.mark.parametrize("name", ATTRIBUTORS)
+def test_one_call_for_all(name, store, queries):
+    """Scores have one row a query; a query's row depends neither on the other queries nor on their order, and asking twice gives the same."""
+    method = ATTRIBUTORS[name](store)
+    scores = method.scores(queries)
+    assert scores.shape == (4, 20) and scores.dtype == torch.float32 and scores.isfinite().all() and method.name
+    scale = scores.abs().max()
+    assert torch.equal(method.scores(queries), scores)
+    assert torch.allclose(method.scores(queries.select([3, 1])), scores[[3, 1]], atol=2e-4 * scale)
+    assert torch.allclose(method.scores(queries.select([2])), scores[[2]], atol=2e-4 * scale)
+
+
+@pytest.mark.parametrize("name", [n for n in ATTRIBUTORS if n not in ("K-FAC", "EK-FAC", "LiSSA")])   # the first draw targets in the samples' order
+def test_the_order_of_samples_does_not_matter(name, store, queries, pipe, tmp_path):
+    turned = collect(pipe, store.samples.select(range(19, -1, -1)), tmp_path, v=512, timesteps=3, dtype="float32", progress=False)
+    scores = ATTRIBUTORS[name](store).scores(queries)
+    assert torch.allclose(ATTRIBUTORS[name](turned).scores(queries).flip(1), scores, atol=1e-3 * scores.abs().max())
+
+
+@pytest.mark.parametrize("name", ["Gradient", "TRAK", "DMin", "whitened", "DataInf", "K-FAC"])
+def test_a_training_sample_finds_itself(name, store):
+    assert ATTRIBUTORS[name](store).scores(store.samples.select([4, 9])).argmax(1).tolist() == [4, 9] or name in ("Gradient", "DataInf")
+
+
+@pytest.mark.parametrize("dtype", ["float16", "int8"])
+def test_fewer_bits_on_disk_keep_the_order(dtype, store, queries, pipe, tmp_path):
+    small = collect(pipe, store.samples, tmp_path, v=512, timesteps=3, dtype=dtype, progress=False)
+    for name in ("Gradient", "TRAK", "whitened"):
+        a, b = (ATTRIBUTORS[name](s).scores(queries) for s in (store, small))
+        assert min(spearmanr(x, y).statistic for x, y in zip(a, b)) > (.999 if dtype == "float16" else .97), name
+
+
+def test_stores_without_their_pipeline_say_so(store, queries):
+    from dmin.store import Store
+    bare = Store(store.folder)
+    for make in (lambda: Gradient(bare).scores(queries), lambda: TRAK(bare), lambda: KFAC(bare), lambda: WhitenedDMin(bare)):
+        with pytest.raises(ValueError, match="open_store"): make()
+
+
+def test_images_of_another_size_are_refused(store):
+    large = load_images("mnist_5k", size=16).select([0])
+    for name in ("pixels", "SSIM"):
+        with pytest.raises(ValueError, match="16"): ATTRIBUTORS[name](store).scores(large)
+
+
+# measures
+
+def test_lds_is_spearmans(rng=np.random.default_rng(0)):
+    masks, scores, measured = random_subsets(30, 20), torch.tensor(rng.random((4, 30))), torch.tensor(rng.random((20, 4)))
+    found = lds_per_query(scores, masks, measured)
+    expected = [spearmanr([scores[q][mask].sum().item() for mask in masks], measured[:, q]).statistic for q in range(4)]
+    assert np.allclose(found, expected) and np.allclose(lds_per_query(3 * scores, masks, measured), found) and np.allclose(lds_per_query(-scores, masks, measured), -found)
+
+
+def test_lds_of_scores_that_say_nothing_is_zero():
+    masks = random_subsets(30, 20)
+    assert (lds_per_query(torch.ones(2, 30), masks, torch.rand(20, 2)) == 0).all()
+
+
+def test_the_ceiling_is_one_without_noise_and_near_nought_with_nothing_else():
+    signal, noise = torch.randn(200, 1, 5, generator=torch.Generator().manual_seed(0)).expand(-1, 3, -1), torch.randn(200, 3, 5, generator=torch.Generator().manual_seed(1))
+    assert np.allclose(ceiling_per_query(signal), 1) and abs(ceiling_per_query(noise).mean()) < .1
+
+
+def test_an_interval_of_equal_values_has_no_width():
+    found = interval(np.full((3, 10), .25))
+    assert found.mean == found.low == found.high == .25
+
+
+def test_seeds_are_averaged():
+    scores = [torch.eye(4), torch.eye(4).flip(1)]   # the second is wrong everywhere
+    table = detection_table({"m": scores}, range(4), range(4), k=(1,))
+    assert table.rates["m"] == (.5,) and table.seeds == {"m": 2}
+
+
+RETRAIN = """
+import sys, torch
+from dmin.evaluation.lds import Retrained, random_subsets
+def retrain(rows, seed):
+    print("trained", flush=True)
+    return {"losses": torch.full((2, 3), float(rows.sum()) + seed)}
+Retrained(sys.argv[1], {"recipe": 1}).build(random_subsets(30, 7), retrain, (0, 1), progress=False)
+"""
+
+
+def test_processes_share_the_retraining(tmp_path):
+    (tmp_path / "work.py").write_text(RETRAIN)
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(tmp_path / "work.py"), str(tmp_path / "outputs")],
+                          capture_output=True, text=True, timeout=600, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("trained") == 14   # each model once
+    masks = random_subsets(30, 7)
+    found = Retrained(tmp_path / "outputs", {"recipe": 1}).outputs(masks, (0, 1))
+    assert found.shape == (7, 2, 2, 3) and found[3, 1, 0, 0] == masks[3].nonzero().sum() + 1
+
+
+def test_a_failed_retraining_keeps_what_was_done(tmp_path):
+    masks, done = random_subsets(30, 4), []
+
+    def retrain(rows, seed):
+        if len(done) == 2: raise RuntimeError("power cut")
+        done.append(seed)
+        return {"losses": torch.zeros(1, 1)}
+    with pytest.raises(RuntimeError): Retrained(tmp_path, {}).build(masks, retrain, progress=False)
+    assert len(Retrained(tmp_path, {}).missing(masks)) == 2
+
+
+def test_a_damaged_output_is_named(tmp_path):
+    masks = random_subsets(30, 2)
+    Retrained(tmp_path, {}).build(masks, lambda rows, seed: {"losses": torch.zeros(1, 1)}, progress=False)
+    path = next(tmp_path.glob("model-*.safetensors"))
+    path.write_bytes(path.read_bytes()[:20])
+    with pytest.raises(ValueError, match="trained again"): Retrained(tmp_path, {}).missing(masks)
+
+
+def test_random_scores_are_the_same_every_time(queries):
+    assert torch.equal(Random(9).scores(queries), Random(9).scores(queries)) and not torch.equal(Random(9).scores(queries), Random(9, seed=1).scores(queries))
