@@ -62,9 +62,9 @@ def test_the_order_of_samples_does_not_matter(name, store, queries, pipe, tmp_pa
     assert torch.allclose(ATTRIBUTORS[name](turned).scores(queries).flip(1), scores, atol=1e-3 * scores.abs().max())
 
 
-@pytest.mark.parametrize("name", ["Gradient", "TRAK", "DMin", "whitened", "DataInf", "K-FAC"])
+@pytest.mark.parametrize("name", ["cosine", "TRAK", "DMin", "whitened"])
 def test_a_training_sample_finds_itself(name, store):
-    assert ATTRIBUTORS[name](store).scores(store.samples.select([4, 9])).argmax(1).tolist() == [4, 9] or name in ("Gradient", "DataInf")
+    assert ATTRIBUTORS[name](store).scores(store.samples.select([4, 9])).argmax(1).tolist() == [4, 9]
 
 
 @pytest.mark.parametrize("dtype", ["float16", "int8"])

@@ -235,6 +235,17 @@ def test_kfac_of_a_linear_model_nears_the_exact_inverse(linear, here, tmp_path):
     assert order(Gradient(store).scores(here.queries), exact) < .99   # the curvature matters here
 
 
+def test_expand_and_reduce_agree_without_weight_sharing(linear, here, tmp_path):
+    store = collect(linear, here.digits, tmp_path, v=None, timesteps=[400], dtype="float32", progress=False)
+    expand, reduce = (KFAC(store, .1, fisher="empirical", approximation=x).scores(here.queries) for x in ("expand", "reduce"))
+    assert relative(reduce, expand) < 1e-4
+
+
+def test_eight_bits_keep_the_order(here):
+    exact, rounded = (KFAC(here.store, .1, query_bits=bits).scores(here.queries) for bits in (None, 8))
+    assert order(rounded, exact) > .99 and not torch.equal(rounded, exact)
+
+
 @pytest.mark.parametrize("strategy", ["kfac", "ekfac"])
 def test_kfac_agrees_with_kronfluence(here, strategy, tmp_path, monkeypatch):
     """The same samples, one timestep and its noise, true targets in both. kronfluence measures with the loss itself, so its scores have our sign."""
@@ -251,7 +262,7 @@ def test_kfac_agrees_with_kronfluence(here, strategy, tmp_path, monkeypatch):
     def batch(z): return {"z0": z, "t": torch.full((len(z),), 400), "eps": eps.expand(len(z), -1, -1, -1)}
     monkeypatch.setattr(module, "curvature_batches", lambda *args, **kwargs: [(batch(here.train_z), eps.expand(len(here.train_z), -1, -1, -1).flatten(1))])
     kfac = KFAC(store, 1., fisher="empirical", corrected=strategy == "ekfac")
-    ours = kfac._scores([m if name in kfac._covered else torch.zeros_like(m) for m, name in zip(module.query_matrices(store, here.queries), objective.parameters)])
+    ours = kfac.scores_of([m if name in kfac._covered else torch.zeros_like(m) for m, name in zip(module.query_matrices(store, here.queries), objective.parameters)])
 
     class Denoising(task.Task):
         def compute_train_loss(self, batch, model, sample=False):

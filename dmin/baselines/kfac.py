@@ -31,8 +31,10 @@ def query_matrices(store: Store, queries, weights=None) -> list[torch.Tensor]:  
     """The queries' gradients, summed over the store's timesteps by weight, parameter by parameter and not compressed."""
     objective, m = store.objective, store.manifest
     if objective is None: raise ValueError("this store does not know its pipeline: open it with open_store(folder, pipe)")
-    g = sample_gradients(objective, as_samples(queries), torch.tensor(m.timesteps), make_compressor(m.parameters, None), m.noise_seed, m.noises)
-    return _matrices(objective, torch.einsum("qtd,t->qd", g.compressed, _weights(store, weights)))
+    total = 0
+    for t, w in zip(m.timesteps, _weights(store, weights).tolist()):   # one timestep at a time: they are long
+        total = total + w * sample_gradients(objective, as_samples(queries), torch.tensor([t]), make_compressor(m.parameters, None), m.noise_seed, m.noises).compressed[:, 0]
+    return _matrices(objective, total)
 
 
 def _matrices(objective, vectors):
@@ -50,18 +52,27 @@ class _Flat(nn.Module):
     def forward(self, batch): return self.objective.predict({k: x for k, x in batch.items() if k not in ("t", "eps")}, batch["t"], batch["eps"])[0].flatten(1)
 
 
-def curvature_batches(objective: Objective, samples, timesteps: int = 1, batch_size: int = 64, seed: int = 0) -> list[tuple[dict, torch.Tensor]]:
-    """Training samples with random timesteps and noise, `timesteps` draws of each: pairs of the network's inputs and its target, flattened."""
-    def inputs(batch): return {k: x for k, x in batch.items() if k not in ("t", "eps")}
-    encoded, batches = objective.encode(as_samples(samples)[:]), []
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        rows = torch.cat([torch.randperm(len(samples)) for _ in range(timesteps)])
-        for part in rows.split(batch_size):
-            batch = {k: x[part.to(x.device)] for k, x in encoded.items()} | {"t": objective.draw_timesteps(len(part)).to(objective.device),
-                                                                            "eps": torch.randn(len(part), *objective.shape).to(objective.device)}
-            with torch.no_grad(): batches.append((batch, objective.predict(inputs(batch), batch["t"], batch["eps"])[1].flatten(1)))
-    return batches
+class curvature_batches:
+    """Training samples with random timesteps and noise, `draws` of each: iterates over pairs of the network's inputs and its target, flattened. Encoded when they are asked for, the same every time."""
+
+    def __init__(self, objective: Objective, samples, draws: int = 1, batch_size: int = 64, seed: int = 0):
+        self.objective, self.samples, self.seed = objective, as_samples(samples), seed
+        order = torch.Generator().manual_seed(seed)
+        self.rows = torch.cat([torch.randperm(len(self.samples), generator=order) for _ in range(draws)]).split(batch_size)
+        with torch.no_grad():   # now, as later the network is being watched
+            self.targets = [objective.predict({k: x for k, x in batch.items() if k not in ("t", "eps")}, batch["t"], batch["eps"])[1].flatten(1) for batch in map(self._inputs, range(len(self)))]
+
+    def __len__(self): return len(self.rows)
+
+    def __iter__(self): return ((self._inputs(k), target) for k, target in enumerate(self.targets))
+
+    def _inputs(self, k):
+        objective, rows, device = self.objective, self.rows[k], self.objective.device
+        encoded = {name: x.to(device) for name, x in objective.encode(self.samples[rows.tolist()]).items()}
+        with torch.random.fork_rng():
+            torch.manual_seed(self.seed * 1_000_003 + k)
+            t, eps = objective.draw_timesteps(len(rows)).to(device), torch.randn(len(rows), *objective.shape).to(device)
+        return encoded | {"t": t, "eps": eps}
 
 # %% ../../nbs/baselines/04_kfac.ipynb #28d8ceaf
 class KFAC:
@@ -69,7 +80,8 @@ class KFAC:
 
     The damping is a share of the curvature's mean eigenvalue, and exact, as both factors' eigenvalues are known; a tenth is usual (Grosse et al. 2023), and other values between .01 and 10 changed little where
     we tried. `weights` (T,) of the timesteps make the query's measurement: None is the loss, `elbo_weights` the evidence lower bound. Parameters of layers other than linear and convolutional ones are left out. Needs curvlinops:
-    raises `ImportError` without. Costs `draws` passes over the training set, and a full gradient a query. Source: Mlodozeniec et al. 2024, Eq. 6, 10 and 12.
+    raises `ImportError` without. Costs `draws` passes over the training set, and a query's T gradients
+    in full length. Source: Mlodozeniec et al. 2024, Eq. 6, 10 and 12.
     """
 
     def __init__(
@@ -92,8 +104,7 @@ class KFAC:
         kinds = ["empirical"] * (fisher == "empirical") + ["reduce"] * (approximation == "reduce")
         self.name = ("EK-FAC" if corrected else "K-FAC") + (f" ({', '.join(kinds)})" if kinds else "")
         self._covered, self._train = _covered(store.objective), mean_gradients(store)
-        self._curvature = _curvature(store.objective, store.samples, self._covered, fisher, approximation, corrected, draws, seed)
-        self._unit = float(self._curvature.trace) / sum(store.objective.parameters[name].numel() for name in self._covered)
+        self._curvature, self._unit = _curvature(store.objective, store.samples, self._covered, fisher, approximation, corrected, draws, seed)
         self.set_damping(damping)
 
     def set_damping(self, damping: float) -> "KFAC":
@@ -104,13 +115,14 @@ class KFAC:
 
     def precondition(self, matrices: list[torch.Tensor]) -> torch.Tensor:   # (n, d)
         """The damped inverse curvature times gradients, one (n, *shape) a counted parameter; zero where a parameter takes no part."""
-        parameters = self.store.objective.parameters
-        covered = [m.movedim(0, -1) for m, name in zip(matrices, parameters) if name in self._covered]
+        parameters, device = self.store.objective.parameters, self.store.objective.device
+        covered = [m.to(device).movedim(0, -1) for m, name in zip(matrices, parameters) if name in self._covered]
         solved = iter(self._inverse @ covered)
-        out = [next(solved).movedim(-1, 0) if name in self._covered else torch.zeros_like(m) for m, name in zip(matrices, parameters)]
+        out = [next(solved).movedim(-1, 0).cpu() if name in self._covered else torch.zeros_like(m) for m, name in zip(matrices, parameters)]
         return torch.cat([flatten_like_gradient(_rounded(x, self.query_bits), 1) for x in out], 1)
 
-    def _scores(self, matrices):
+    def scores_of(self, matrices: list[torch.Tensor]) -> torch.Tensor:   # (n, n_train)
+        """Scores from gradients of any measurement, one (n, *shape) a counted parameter, such as `trajectory_matrices` gives."""
         vectors, compressor = self.precondition(matrices), self.store.compressor
         total = compressor.zeros(len(vectors))
         compressor.add_(total, vectors, 0)
@@ -118,7 +130,12 @@ class KFAC:
 
     def scores(self, queries) -> torch.Tensor:
         """(n_queries, n_train), higher is more influential."""
-        return self._scores(query_matrices(self.store, queries, self.weights))
+        queries = as_samples(queries)
+        parts = torch.arange(len(queries)).split(_TOGETHER)
+        return torch.cat([self.scores_of(query_matrices(self.store, queries.select(rows), self.weights)) for rows in parts])
+
+
+_TOGETHER = 16   # queries whose whole gradients are in memory at a time
 
 
 def _rounded(x, bits):
@@ -137,18 +154,19 @@ def _covered(objective):
 
 
 def _curvature(objective, samples, names, fisher, approximation, corrected, draws, seed):
-    "curvlinops's operator of the curvature, on the covered parameters."
+    "curvlinops's operator of the curvature, on the covered parameters, and its mean eigenvalue."
     try: from curvlinops import EKFACLinearOperator, KFACLinearOperator
     except ImportError as e: raise ImportError("K-FAC needs curvlinops: pip install curvlinops-for-pytorch") from e
     model, trained = _Flat(objective).eval(), {p: p.requires_grad for p in objective.model.parameters()}
     parameters = [objective.parameters[name] for name in names]
     for p in trained: p.requires_grad_(False)
     for p in parameters: p.requires_grad_(True)
-    batches = curvature_batches(objective, samples, draws, seed=seed)
+    batches, num_data = curvature_batches(objective, samples, draws, seed=seed), draws * len(samples)
     try:
         kind = EKFACLinearOperator if corrected else KFACLinearOperator
-        return kind(model, nn.MSELoss(), parameters, batches, fisher_type=fisher, kfac_approx=approximation, separate_weight_and_bias=False, check_deterministic=False,
-                    num_per_example_loss_terms=1, num_data=sum(len(y) for _, y in batches), batch_size_fn=lambda batch: len(batch["t"]), seed=seed)
+        curvature = kind(model, nn.MSELoss(), parameters, batches, fisher_type=fisher, kfac_approx=approximation, separate_weight_and_bias=False, check_deterministic=False,
+                    num_per_example_loss_terms=1, num_data=num_data, batch_size_fn=lambda batch: len(batch["t"]), seed=seed)
+        return curvature, float(curvature.trace) / sum(p.numel() for p in parameters)   # the trace makes it compute the factors here, while gradients are on
     finally:
         for p, was in trained.items(): p.requires_grad_(was)
 

@@ -41,7 +41,7 @@ class _Layered:
 class DataInf(_Layered):
     """Influence by the mean of inverses in place of the inverse of the mean; the damping is a share of a layer's mean squared gradient entry.
 
-    Time O(n² v) a fit and a query batch. Source: Kwon et al. 2024, Eq. 5.
+    Time O(n² v) for a call, O(n v) for each query on top. Source: Kwon et al. 2024, Eq. 5.
     """
 
     def __init__(self, store: Store, damping: float = .1, identity: bool = False, weights=None):   # identity: in place of the inverse Hessian
@@ -58,7 +58,8 @@ class DataInf(_Layered):
 class LiSSA(_Layered):
     """Influence by `steps` terms of the series for the inverse Hessian; the scale s is the largest eigenvalue, which makes it converge.
 
-    Source: Agarwal et al. 2017, section 3; with gradients' outer products for the Hessian as Kwon et al. 2024 compare with it. Time O(steps · n v) for a query.
+    Source: Agarwal et al. 2017, section 3; with gradients' outer products for the Hessian as Kwon et al. 2024 compare with it. Time O(n² v + n³) for a call, for s, and
+    O(steps · n v) for each query. A hundred steps are far from the inverse where the damping is small: stopping early is then a damping of its own.
     """
 
     name = "LiSSA"

@@ -66,7 +66,9 @@ class Latents(_Vectors):
         self.objective = make_objective(pipe)
         super().__init__(samples, cosine)
 
-    def _vectors(self, samples): return self.objective.encode(samples[:])["z0"].flatten(1).cpu()
+    def _vectors(self, samples):
+        parts = torch.arange(len(samples)).split(64)   # the prompts' embeddings are not kept
+        return torch.cat([self.objective.encode(samples[rows.tolist()])["z0"].flatten(1).cpu() for rows in parts])
 
 # %% ../../nbs/baselines/00_similarity.ipynb #f266a321
 class CLIP(_Vectors):

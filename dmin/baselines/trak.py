@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DAMPINGS', 'Kernel', 'own_rows', 'own_gradients', 'own_prominence', 'choose_damping', 'dense_projection', 'output_of',
-           'TRAK', 'Ensemble', 'trajectory', 'JourneyTRAK', 'implied_noise']
+           'TRAK', 'Ensemble', 'trajectory', 'clean_estimate', 'JourneyTRAK']
 
 # %% ../../nbs/baselines/02_trak.ipynb #291a2e14
 from collections.abc import Sequence
@@ -82,8 +82,9 @@ def choose_damping(
     rows: torch.Tensor,           # (q,) which training sample each query is
     dampings: Sequence[float] = DAMPINGS,
 ) -> tuple[float, dict[float, float]]:   # the best, and each one's prominence
-    """The damping at which training samples under other noise find themselves most clearly. Uses no labels."""
+    """The damping at which training samples under other noise find themselves most clearly. Uses no labels. Raises `ValueError` when scores do not differ, as in a store of one sample."""
     found = {damping: own_prominence(score(damping), rows) for damping in dampings}
+    if not np.isfinite(list(found.values())).all(): raise ValueError(f"no damping can be chosen from these scores ({found}): the store has too few samples, pass damping=")
     return max(found, key=found.get), found
 
 # %% ../../nbs/baselines/02_trak.ipynb #89017c75
@@ -173,10 +174,25 @@ def trajectory(pipe, queries, steps: "int | None" = None, **options) -> tuple[to
     return torch.stack(seen, 1), torch.stack(times)
 
 # %% ../../nbs/baselines/02_trak.ipynb #96c5c0dd
+@torch.no_grad()
+def clean_estimate(objective, encoded: dict[str, torch.Tensor], zt: torch.Tensor, t: torch.Tensor) -> torch.Tensor:   # (n, *shape)
+    """The clean latents that the network's prediction at `zt` (n, *shape), timesteps `t` (n,), implies; clipped to [-1, 1] where the scheduler's sampling clips.
+
+    Raises `ValueError` for an objective with `released=True`, whose target is not what its network predicts. Works for any target that is linear in latent and noise: solves $z_t = a z_0 + b\\epsilon$ and prediction $= p z_0 + q\\epsilon$. Source: Ho et al. 2020, Eq. 15 for the noise.
+    """
+    if objective.options.get("released"): raise ValueError("with released=True the target is not what the network predicts, so its prediction implies no clean image: make the objective without")
+    zeros, ones = torch.zeros_like(zt), torch.ones_like(zt)
+    a, b = objective.noisy(ones, zeros, t), objective.noisy(zeros, ones, t)
+    p, q = (objective.predict(encoded | {"z0": z0}, t, eps)[1] for z0, eps in ((ones, zeros), (zeros, ones)))
+    predicted, _ = objective.predict(encoded | {"z0": zeros}, t, zt / b)   # so that the network sees zt
+    z0 = (b * predicted - q * zt) / (b * p - q * a)
+    return z0.clamp(-1, 1) if objective.scheduler.config.get("clip_sample") else z0
+
+
 class JourneyTRAK(TRAK):
     """TRAK with the query's gradient along the trajectory that generated it, averaged over steps. On a store of the loss.
 
-    `steps` and `options` are those that `dmin.generate` was called with. Costs a generation and `steps` gradients a query. Source: Georgiev et al. 2023; averaged
+    `steps` and `options` are those that `dmin.generate` was called with. Costs a generation, `steps` gradients and three times as many forward passes a query. Source: Georgiev et al. 2023; averaged
     over steps by D-TRAK, appendix A.3.
     """
 
@@ -186,7 +202,7 @@ class JourneyTRAK(TRAK):
 
     def scores(self, queries) -> torch.Tensor:
         """(n_queries, n_train), higher is more influential. Raises what `trajectory` raises."""
-        objective, queries = self.store.objective, as_samples(queries)
+        objective, queries, m = self.store.objective, as_samples(queries), self.store.manifest
         seen, times = trajectory(objective.pipe, queries, self.steps, **self.options)
         places = _nearest(objective, times)
         encoded = {name: x.to(objective.device) for name, x in objective.encode(queries[:]).items()}
@@ -194,8 +210,9 @@ class JourneyTRAK(TRAK):
         with PerSampleGradients(objective.model, objective.parameters, self.store.compressor) as gradients:
             for k, place in enumerate(places):
                 t = place.expand(len(queries)).to(objective.device)
-                eps = implied_noise(objective, encoded["z0"], seen[:, k].to(objective.device), t)
-                vectors += gradients(lambda: objective.loss(encoded, t, eps), len(queries))[0].cpu() / len(places)
+                there = encoded | {"z0": clean_estimate(objective, encoded, seen[:, k].to(objective.device), t)}
+                for eps in objective.draw_noise([int(place)], m.noise_seed, m.noises)[0].to(objective.device):
+                    vectors += gradients(lambda: objective.loss(there, t, eps.expand_as(there["z0"])), len(queries))[0].cpu() / (len(places) * m.noises)
         return self._scores(vectors, self.damping)
 
 
@@ -203,9 +220,3 @@ def _nearest(objective, times):
     "Positions in the training schedule of a sampler's timesteps, which may lie between two."
     grid = getattr(objective, "sigmas", torch.arange(objective.scheduler.config.num_train_timesteps) / 1000) * 1000
     return (times[:, None] - grid.cpu()).abs().argmin(1)
-
-
-def implied_noise(objective, z0: torch.Tensor, zt: torch.Tensor, t: torch.Tensor) -> torch.Tensor:   # (n, *shape)
-    """The noise that makes `zt` of `z0` at timesteps `t` (n,)."""
-    nothing = torch.zeros_like(z0)
-    return (zt - objective.noisy(z0, nothing, t)) / objective.noisy(nothing, nothing + 1, t)

@@ -20,7 +20,7 @@ from scipy.stats import rankdata
 from tqdm import tqdm
 
 from ..collect import _processes
-from .results import Interval, html_table, interval, shown_path, text_table
+from .results import Interval, html_table, shown_path, text_table
 from ..store import write_atomically
 
 # %% ../../nbs/evaluation/03_lds.ipynb #eb1d519d
@@ -77,6 +77,7 @@ class Retrained:
         """
         processes = _processes()
         wanted = {_key(masks[m], seed): (m, seed) for m, seed in self.missing(masks, seeds)}   # the same samples may be asked for twice
+        processes.wait_for_everyone()   # nobody writes before all have looked
         mine = list(wanted.items())[processes.process_index::processes.num_processes]
         for key, (m, seed) in tqdm(mine, "retraining", unit="model", disable=not (progress and mine) or processes.process_index > 0):
             tensors = {f"{key}/{name}": x.contiguous() for name, x in retrain(masks[m].nonzero().flatten(), seed).items()}
@@ -136,7 +137,7 @@ def _rank_correlation(a, b):
 
 
 def ceiling_per_query(measured: torch.Tensor) -> np.ndarray:   # (n_queries,)
-    """What retraining itself would score, from `measured` (subsets, seeds, n_queries): each seed predicts the mean of the others. Source: K-FAC influence, section 4 (exact retraining)."""
+    """What exact retraining scores, from `measured` (subsets, seeds, n_queries): each seed's models predict the mean of the others. Source: K-FAC influence, section 4."""
     seeds = measured.shape[1]
     if seeds < 2: raise ValueError("one seed a subset has no ceiling: train at least two")
     rest = (measured.sum(1, keepdim=True) - measured) / (seeds - 1)
@@ -146,15 +147,24 @@ def ceiling_per_query(measured: torch.Tensor) -> np.ndarray:   # (n_queries,)
 def elbo_weights(scheduler, timesteps) -> torch.Tensor:   # (T,) float32
     """Weights of the mean squared errors of the noise in the negative evidence lower bound, for DDPM with variance β, scaled to sum one.
 
+    The bound is a sum over all of the scheduler's timesteps. Between the `timesteps` at hand (ascending) the error is taken to change linearly, outside of them to stay, so each gets its share of every step's weight.
     Raises `ValueError` for a scheduler that predicts something else. Source: Ho et al. 2020, Eq. 12.
     """
     if getattr(scheduler, "betas", None) is None or scheduler.config.prediction_type != "epsilon":
         raise ValueError(f"the evidence lower bound is written down here for a DDPM that predicts the noise, not for {type(scheduler).__name__}, {scheduler.config.get('prediction_type')}")
-    beta, product = scheduler.betas[timesteps], scheduler.alphas_cumprod[timesteps]
-    weights = beta / (2 * (1 - beta) * (1 - product))
-    return weights / weights.sum()
+    weights = (scheduler.betas / (2 * (1 - scheduler.betas) * (1 - scheduler.alphas_cumprod))).double().numpy()
+    grid, steps = np.asarray(timesteps), np.arange(len(weights))
+    shares = np.stack([np.interp(steps, grid, one) for one in np.eye(len(grid))])   # (T, steps): how much each counts at every step
+    return torch.from_numpy(shares @ weights / weights.sum()).float()
 
-# %% ../../nbs/evaluation/03_lds.ipynb #7ebd48dc
+# %% ../../nbs/evaluation/03_lds.ipynb #cdebd0e5
+def _bootstrapped(score, subsets: int, queries: int, draws: int, seed: int = 0) -> Interval:
+    "Of a mean over queries: `score(rows, columns)` gives one number a query for drawn subsets and queries."
+    rng = np.random.default_rng(seed)
+    drawn = [score(rng.integers(subsets, size=subsets), rng.integers(queries, size=queries)).mean() for _ in range(draws)]
+    return Interval(score(np.arange(subsets), np.arange(queries)).mean().item(), *np.percentile(drawn, (2.5, 97.5)).tolist())
+
+# %% ../../nbs/evaluation/03_lds.ipynb #cc0ea111
 @dataclass(frozen=True, repr=False)
 class LDSTable:
     """Linear datamodeling scores of several methods, in percent, drawn as a table in a notebook; `rows` has the numbers."""
@@ -171,7 +181,7 @@ class LDSTable:
         methods = dict.fromkeys(name for column in self.scores.values() for name in column)
         return [["", *self.scores], *([name, *(str(column.get(name, "")) for column in self.scores.values())] for name in methods)]
 
-    def _caption(self): return f"LDS in percent [95 % interval over queries], {self.n_queries} queries, {self.subsets} subsets"
+    def _caption(self): return f"LDS in percent [95 % interval over subsets and queries], {self.n_queries} queries, {self.subsets} subsets"
     def __repr__(self): return text_table(self._table(), self._caption())
     def _repr_html_(self): return html_table(self._table(), self._caption())
 
@@ -180,14 +190,23 @@ def lds_table(
     methods: Mapping[str, "torch.Tensor | np.ndarray"],   # name -> scores (n_queries, n_train)
     masks: torch.Tensor,                                  # (subsets, n_train) bool
     measured: Mapping[str, torch.Tensor],                 # name of a measurement -> (subsets, seeds, n_queries), higher where the model explains the query better
+    draws: int = 200,                                     # bootstrap samples
 ) -> LDSTable:
-    """LDS of several methods on the same models, with the ceiling that another seed's retraining reaches. Raises what `lds_per_query` raises, with the method's name."""
+    """LDS of several methods on the same models, the seeds' mean measured. Below them: what one seed's models predict of the others', and from that the estimated ceiling.
+
+    The ceiling is what a prediction without any noise would reach: with reliability $r$ between single seeds, $\\sqrt{kr / (1 + (k - 1)r)}$ for the mean of $k$ (Spearman 1910, Brown 1910). Raises what
+    `lds_per_query` raises, with the method's name.
+    """
     if not methods: raise ValueError("no methods: give at least one, as name=scores")
     out = {}
     for measurement, values in measured.items():
         out[measurement] = {}
         for name, scores in methods.items():
-            try: out[measurement][name] = interval(100 * lds_per_query(scores, masks, values.mean(1)))
+            try: lds_per_query(scores, masks, values.mean(1))
             except ValueError as e: raise ValueError(f"{name}: {e}") from None
-        if values.shape[1] > 1: out[measurement]["another seed (ceiling)"] = interval(100 * ceiling_per_query(values))
+            predicted, seen = masks.double().numpy() @ np.asarray(scores, dtype=float).T, values.mean(1).double().numpy()
+            out[measurement][name] = _bootstrapped(lambda rows, columns: 100 * _rank_correlation(predicted[np.ix_(rows, columns)], seen[np.ix_(rows, columns)]), *seen.shape, draws)
+        if (k := values.shape[1]) > 1:
+            r = out[measurement]["another seed's model"] = _bootstrapped(lambda rows, columns: 100 * ceiling_per_query(values[rows][..., columns]), len(values), values.shape[2], draws)
+            out[measurement]["ceiling, estimated"] = Interval(*(100 * (k * max(x, 0) / (100 + (k - 1) * max(x, 0))) ** .5 for x in (r.mean, r.low, r.high)))
     return LDSTable(out, len(masks), values.shape[2])
