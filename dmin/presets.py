@@ -47,13 +47,13 @@ PRESETS = {
     ),
     "mini": dict(
         dataset="mnist_5k", pipeline="ddpm-mnist", text_to_image="tiny-sd3-lora", mixture="mini",
-        table_2_pipelines=("tiny-sd-lora", "tiny-sd3-lora", "tiny-sd3-full"), table_2_prompts=10, clip=None, guidance_scale=3., train_steps=3600, train_batch=64, n_samples=500, classifier_epochs=12, size_seconds=75, vae_steps=2000, base_steps=4000, sd_steps=3200, clip_steps=1500, base_batch=64, tune_share=1, tune_batch=64,
+        table_2_pipelines=("tiny-sd-lora", "tiny-sd3-lora", "tiny-sd3-full"), table_2_prompts=10, clip=None, guidance_scale=3., train_steps=3600, train_batch=64, n_samples=500, classifier_epochs=12, size_seconds=75, vae_steps=2000, base_steps=4000, sd_steps=3200, base_batch=64, clip_steps=1500, tune_share=1, tune_batch=64,
         n_train=400, n_queries=100, detection_k=(5, 10, 50, 100), table_5_train=2000, table_5_v=(2**12, 2**16),
         bench_batch=64, bench_rounds=7, bench_d=50_000_000, bench_real=500, bench_n=9288, memory_layers=24, memory_heads=24,
     ),
     "paper": dict(
         dataset="mnist", pipeline="ddpm-mnist", text_to_image="sd3-medium-lora", mixture="paper",
-        table_2_pipelines=("sd14-lora", "sd3-medium-lora", "sd3-medium-full"), table_2_prompts=20, clip="openai/clip-vit-base-patch32", guidance_scale=7., train_steps=50_000, train_batch=128, n_samples=10_000, classifier_epochs=12, size_seconds=240, vae_steps=20_000, base_steps=50_000, sd_steps=50_000, clip_steps=1500, base_batch=64, tune_share=1, tune_batch=64,
+        table_2_pipelines=("sd14-lora", "sd3-medium-lora", "sd3-medium-full"), table_2_prompts=20, clip="openai/clip-vit-base-patch32", guidance_scale=7., train_steps=50_000, train_batch=128, n_samples=10_000, classifier_epochs=12, size_seconds=240, vae_steps=20_000, base_steps=50_000, sd_steps=50_000, base_batch=64, clip_steps=1500, tune_share=1, tune_batch=64,
         n_train=60_000, n_queries=1000, detection_k=(5, 10, 50, 100), table_5_train=60_000, table_5_v=(2**12, 2**16),
         bench_batch=64, bench_rounds=7, bench_d=50_000_000, bench_real=500, bench_n=9288, memory_layers=24, memory_heads=24,
     ),
