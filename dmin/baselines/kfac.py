@@ -137,7 +137,7 @@ class KFAC:
 
 _TOGETHER = 16   # queries whose whole gradients are in memory at a time
 
-
+# %% ../../nbs/baselines/04_kfac.ipynb #9f7612c9
 def _rounded(x, bits):
     "Entries of each query's tensor rounded to a grid of 2^bits - 1 values between minus and plus its largest."
     if bits is None: return x
@@ -152,7 +152,7 @@ def _covered(objective):
     if not names: raise ValueError("none of the counted parameters belongs to a linear or convolutional layer: K-FAC has nothing to factor")
     return names
 
-
+# %% ../../nbs/baselines/04_kfac.ipynb #f8511117
 def _curvature(objective, samples, names, fisher, approximation, corrected, draws, seed):
     "curvlinops's operator of the curvature, on the covered parameters, and its mean eigenvalue."
     try: from curvlinops import EKFACLinearOperator, KFACLinearOperator
@@ -187,7 +187,7 @@ def ancestral_trajectories(pipe, n: int, steps: int = 50, seed: int = 0) -> tupl
             points.append(scheduler.step(objective.model(points[-1].to(objective.device), t).sample.float().cpu(), t, points[-1], eta=1., generator=generator).prev_sample)
     return torch.stack(points, 1), scheduler.timesteps
 
-
+# %% ../../nbs/baselines/04_kfac.ipynb #9a247ef8
 def trajectory_matrices(objective: Objective, points: torch.Tensor, steps: int) -> list[torch.Tensor]:   # one (n, *shape) a parameter
     """Gradients of $-\\log p_\\theta(x_{0:T})$ over the number of steps, parameter by parameter, for trajectories (n, steps + 1, C, H, W) of `ancestral_trajectories`.
 

@@ -56,11 +56,8 @@ def _one_thread():
 def _digest(dataset): return hashlib.sha256("".join(sample_ids(dataset)).encode()).hexdigest()[:16]
 
 # %% ../../nbs/evaluation/07_digits_benchmark.ipynb #eab9184e
-class DigitsBenchmark:
-    """Training digits, queries, models trained on all of the digits, and the outputs of models trained on parts of them, in a folder.
-
-    `build` makes what is missing. Raises `FileNotFoundError` where something is read that was not built.
-    """
+class _Data:
+    "The benchmark's digits, queries and models trained on all of the digits, in a folder."
 
     def __init__(self, folder: "str | Path | None" = None, recipe: Recipe = Recipe(), halves: int = 32, other_halves: int = 32):
         self.folder, self.recipe = Path(folder or data_folder() / "digits_benchmark"), recipe
@@ -101,6 +98,13 @@ class DigitsBenchmark:
 
     @cached_property
     def _cache(self): return tempfile.TemporaryDirectory()
+
+# %% ../../nbs/evaluation/07_digits_benchmark.ipynb #998c3f70
+class DigitsBenchmark(_Data):
+    """Training digits, queries, models trained on all of the digits, and the outputs of models trained on parts of them, in a folder.
+
+    `build` makes what is missing. Raises `FileNotFoundError` where something is read that was not built.
+    """
 
     @cached_property
     def retrained(self) -> Retrained:

@@ -109,7 +109,7 @@ class Retrained:
         self._files, self._where = {}, {}
         return target
 
-
+# %% ../../nbs/evaluation/03_lds.ipynb #d702633b
 def _key(mask, seed):
     return f"{hashlib.sha256(np.packbits(mask.numpy()).tobytes()).hexdigest()[:16]}-{seed}"
 
@@ -185,7 +185,7 @@ class LDSTable:
     def __repr__(self): return text_table(self._table(), self._caption())
     def _repr_html_(self): return html_table(self._table(), self._caption())
 
-
+# %% ../../nbs/evaluation/03_lds.ipynb #8ba02bb0
 def lds_table(
     methods: Mapping[str, "torch.Tensor | np.ndarray"],   # name -> scores (n_queries, n_train)
     masks: torch.Tensor,                                  # (subsets, n_train) bool
