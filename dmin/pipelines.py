@@ -69,6 +69,7 @@ PIPELINES = {
     "sd3-medium-full": PipelineSource("SD 3 Medium; to be tuned as a whole", hub="stabilityai/stable-diffusion-3-medium-diffusers", offline="tiny-sd3-full",
                                       recipe=Recipe(lr=1e-4, batch_size=64, epochs=150, size=512)),
     "ddpm-mnist": PipelineSource("DDPM, 16×16 digits, trained by nbs/tutorials/train_ddpm_mnist.ipynb", folder="tiny/ddpm-mnist"),
+    "ddpm-clipart": PipelineSource("DDPM, 16×16 clipart, trained by nbs/tutorials/train_ddpm_clipart.ipynb", folder="tiny/ddpm-clipart"),
     "ddpm-cifar10": PipelineSource("DDPM, 32×32 CIFAR-10 (Ho et al. 2020)", hub="google/ddpm-cifar10-32", offline="ddpm-mnist"),
 }
 

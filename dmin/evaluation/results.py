@@ -66,8 +66,9 @@ def save_result(
     name: str,        # of the file, such as "table_5"
     result: dict,     # numbers, strings, lists and dicts
 ) -> Path:            # the file
-    """Writes a result with its preset, date and machine."""
+    """Writes a result with its preset, date and machine. Of several processes that run the same notebook, the first writes."""
     path = results_folder() / f"{name}.json"
+    if int(os.environ.get("RANK", 0)): return path
     about = {"name": name, "preset": preset().name, "date": time.strftime("%Y-%m-%d"), "machine": machine()}
     write_atomically(path, lambda p: p.write_text(json.dumps({**about, "result": result}, indent=1) + "\n"))
     return path
