@@ -1,10 +1,13 @@
 # make quickstart   installs into .venv, runs the quickstart notebook into out/
 # make test         installs into .venv, checks and runs everything in the smoke preset
+# make paper        every table and figure into out/paper/<preset>; PRESET=smoke, mini or paper; ONLY="table_2 figure_1" runs some
 PYTHON ?= python3
 VENV ?= .venv
 # auto: PyTorch's CPU builds where no NVIDIA GPU is found; none: pip's usual indexes; or the address of an index
 TORCH_INDEX ?= auto
-DMIN_PRESET ?= mini
+PRESET ?= $(or $(DMIN_PRESET),mini)
+# notebooks of `make paper`, such as "table_2 figure_1"; all by default
+ONLY ?=
 # notebooks and tests that run at the same time, one thread each
 JOBS ?= 2
 
@@ -13,12 +16,13 @@ INSTALLED := $(VENV)/.installed
 export JUPYTER_PREFER_ENV_PATH = 1
 unexport MPLBACKEND
 
-.PHONY: help install quickstart test export notebooks readme clean
+.PHONY: help install quickstart paper test export notebooks readme clean
 help:
 	@echo 'quickstart  install, run nbs/tutorials/quickstart.ipynb into out/'
+	@echo 'paper       install, run nbs/paper in PRESET=$(PRESET) into out/paper/$(PRESET), sum up; ONLY="table_2 …" runs some'
 	@echo 'test        install, check the notebooks, run each in the smoke preset, then pytest tests'
 	@echo 'export      write dmin/ from the notebooks'
-	@echo 'notebooks   run all notebooks in place in the $(DMIN_PRESET) preset, keep their outputs'
+	@echo 'notebooks   run all notebooks in place in the $(PRESET) preset, keep their outputs'
 	@echo 'readme      write README.md from nbs/index.ipynb'
 	@echo 'clean       remove what runs made (the environment in $(VENV) stays)'
 
@@ -33,7 +37,10 @@ $(INSTALLED): pyproject.toml constraints.txt tests/peers.txt
 	touch $@
 
 quickstart: $(INSTALLED)
-	DMIN_PRESET=$(DMIN_PRESET) $(PY) tools/run_notebook.py nbs/tutorials/quickstart.ipynb --output out/quickstart.ipynb
+	DMIN_PRESET=$(PRESET) $(PY) tools/run_notebook.py nbs/tutorials/quickstart.ipynb --output out/quickstart.ipynb
+
+paper: $(INSTALLED)
+	DMIN_PRESET=$(PRESET) $(PY) tools/run_paper.py $(ONLY)
 
 test: export DMIN_PRESET = smoke
 test: export DMIN_OUT = $(CURDIR)/out/smoke
@@ -49,7 +56,7 @@ export: $(INSTALLED)
 	$(VENV)/bin/nbdev_export
 
 notebooks: $(INSTALLED)
-	DMIN_PRESET=$(DMIN_PRESET) $(PY) tools/run_notebook.py --inplace nbs
+	DMIN_PRESET=$(PRESET) $(PY) tools/run_notebook.py --inplace nbs
 	$(VENV)/bin/nbdev_clean
 
 readme: $(INSTALLED)

@@ -123,7 +123,12 @@ def comparison_figure(
     return fig
 
 # %% ../../nbs/evaluation/08_claims.ipynb #53cfd419
-STATUS = {"reproduced": "#15803d", "order reproduced": "#4d7c0f", "not reproduced at this size": "#b91c1c", "not judged": "#64748b"}
+STATUS = {   # kind -> status when it is close, when it holds, when it does not
+    "paper": ("reproduced", "order reproduced", "not reproduced at this size"),
+    "exact": ("reproduced", "reproduced", "not reproduced"),   # arithmetic, which no size changes
+    "ours": ("holds", "holds", "does not hold at this size"),
+}
+_COLOURS = {"reproduced": "#15803d", "order reproduced": "#4d7c0f", "holds": "#4d7c0f", "not judged": "#64748b"}
 
 
 @dataclass(frozen=True)
@@ -134,11 +139,11 @@ class Claim:
     measured: str
     holds: "bool | None"          # None: a run of this size cannot say
     close: "bool | None" = None   # None: the paper's own number is of another model or data
+    kind: str = "paper"           # a key of `STATUS`
 
     @property
     def status(self) -> str:
-        if self.holds is None: return "not judged"
-        return "not reproduced at this size" if not self.holds else "reproduced" if self.close else "order reproduced"
+        return "not judged" if self.holds is None else STATUS[self.kind][0 if self.holds and self.close else 1 if self.holds else 2]
 
     def record(self) -> dict: return asdict(self) | {"status": self.status}
 
@@ -172,10 +177,10 @@ class Study:
         if unknown := [s for s in sizes if s not in PRESETS["mini"]]: raise ValueError(f"{unknown[0]!r} is not a field of the presets; they are {', '.join(PRESETS['mini'])}")
         self.name, self.source, self.claim, self.sizes, self.claims, self._start = name, source, claim, list(sizes), [], time.perf_counter()
 
-    def check(self, text: str, expected: str, measured: str, holds: bool, close: "bool | None" = None, exact: bool = False) -> Claim:
-        """Judges a part of the claim and shows it; smoke runs are too small to say, unless it is `exact` arithmetic."""
+    def check(self, text: str, expected: str, measured: str, holds: bool, close: "bool | None" = None, exact: bool = False, ours: bool = False) -> Claim:
+        """Judges a part of the claim and shows it; smoke runs are too small to say, unless it is `exact` arithmetic. `ours`: the paper does not say it."""
         judged = exact or preset().name != "smoke"
-        self.claims.append(Claim(text, expected, measured, bool(holds) if judged else None, close and bool(close)))
+        self.claims.append(Claim(text, expected, measured, bool(holds) if judged else None, close and bool(close), "exact" if exact else "ours" if ours else "paper"))
         return self.claims[-1]
 
     def save(self, **result) -> "Study":
@@ -194,7 +199,8 @@ class Study:
 
     def _repr_html_(self):
         head, *body = self._verdicts() if self.claims else self._opening()
-        def cell(x): return f"<td style='text-align:left'>{f'<b style=color:{STATUS[x]}>{x}</b>' if x in STATUS else escape(x)}</td>"
+        colours = {c.status: _COLOURS.get(c.status, "#b91c1c") for c in self.claims}
+        def cell(x): return f"<td style='text-align:left'>{f'<b style=color:{colours[x]}>{x}</b>' if x in colours else escape(x)}</td>"
         return (f"<p><b>{escape(self.source)}.</b> {escape(self.claim)}</p><table><tr>" + "".join(f"<th style='text-align:left'>{escape(x)}</th>" for x in head) + "</tr>"
                 + "".join("<tr>" + "".join(map(cell, row)) + "</tr>" for row in body) + "</table>")
 

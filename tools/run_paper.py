@@ -1,0 +1,87 @@
+"""Runs the notebooks of nbs/paper, one after another, and sums up what each found.
+
+    python tools/run_paper.py                          # all, in the preset that DMIN_PRESET names, mini by default
+    python tools/run_paper.py table_2 figure_1         # some
+    python tools/run_paper.py --again                  # also those that are done
+
+Executed notebooks and summary.md go to out/paper/<preset>, numbers to results/<preset>. What is done is not done again, unless its notebook or the
+package has changed since; a run that was stopped goes on with the first notebook that is not done, and that one with what it had collected.
+"""
+import argparse
+import hashlib
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+
+from run_notebook import run
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def digest(notebook: Path) -> str:
+    """Of all that a result depends on: the notebook's code, the package, and the published numbers."""
+    found = hashlib.sha256()
+    for cell in nbformat.read(notebook, as_version=4).cells:
+        if cell.cell_type == "code": found.update(cell.source.encode() + b"\n")
+    for path in sorted([*ROOT.glob("dmin/**/*.py"), *ROOT.glob("data/published/*.csv")]): found.update(path.read_bytes())
+    return found.hexdigest()[:16]
+
+
+def summary(done: dict, preset: str, about: str) -> str:
+    """Markdown: what took how long, and each claim's status."""
+    lines = [f"# Paper notebooks, preset {preset}", "", about, "", "| notebook | seconds | claims |", "|---|---|---|"]
+    for name, entry in done.items():
+        lines.append(f"| {name} | {entry['seconds']:.0f} | " + ("; ".join(f"{c['text']}: {c['status']} ({c['measured']})" for c in entry["claims"]) if entry["ok"] else "**failed**") + " |")
+    statuses = [c["status"] for entry in done.values() for c in entry["claims"]]
+    lines += ["", f"{len(done)} notebooks, {sum(e['seconds'] for e in done.values()) / 60:.0f} min; " + ", ".join(f"{statuses.count(s)} {s}" for s in dict.fromkeys(statuses))]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", help="of notebooks, without .ipynb; all by default")
+    parser.add_argument("--again", action="store_true", help="also run what is done")
+    parser.add_argument("--record-times", action="store_true", help="keep the seconds in results/times.json, which the claims table shows")
+    args = parser.parse_args()
+
+    preset = os.environ.setdefault("DMIN_PRESET", "mini")
+    os.environ.setdefault("DMIN_OUT", str(ROOT / "out" / "smoke" if preset == "smoke" else ROOT / "out"))
+    sys.path.insert(0, str(ROOT))
+    from dmin.evaluation.claims import paper_notebooks, results_root
+    from dmin.evaluation.results import machine, results_folder
+    names = paper_notebooks()
+    if unknown := [n for n in args.names if n not in names]: parser.error(f"there is no notebook {unknown[0]!r} in nbs/paper; there are {', '.join(names)}")
+
+    folder = Path(os.environ["DMIN_OUT"]) / "paper" / preset
+    folder.mkdir(parents=True, exist_ok=True)
+    record, m = folder / "done.json", machine()
+    done = json.loads(record.read_text()) if record.exists() else {}
+    about = f"{m['processor']}, {m['cores']} cores, " + (m["gpu"] or "no GPU")
+    for i, name in enumerate(args.names or names, 1):
+        notebook, result = ROOT / "nbs" / "paper" / f"{name}.ipynb", results_folder() / f"{name}.json"
+        of = digest(notebook)
+        if not args.again and done.get(name, {}).get("of") == of and done[name]["ok"] and result.exists():
+            print(f"{name}: done already, {folder / name}.ipynb", flush=True)
+            continue
+        print(f"\n{'=' * 20} {name} ({i} of {len(args.names or names)})", flush=True)
+        start = time.perf_counter()
+        ok = run(notebook, folder / f"{name}.ipynb", timeout=24 * 3600)
+        claims = json.loads(result.read_text())["result"]["claims"] if ok else []
+        done[name] = {"of": of, "ok": ok, "seconds": round(time.perf_counter() - start, 1), "claims": claims}
+        record.write_text(json.dumps(done, indent=1))
+    ordered = {n: done[n] for n in names if n in done}
+    (folder / "summary.md").write_text(summary(ordered, preset, about))
+    print("\n" + summary(ordered, preset, about) + f"\nExecuted notebooks and this summary are in {folder}, numbers in {results_folder()}.")
+    if args.record_times:
+        path = results_root() / "times.json"
+        times = json.loads(path.read_text()) if path.exists() else {}
+        seconds = times.get(preset, {}).get("seconds", {}) | {n: e["seconds"] for n, e in ordered.items() if e["ok"]}
+        path.write_text(json.dumps(times | {preset: {"machine": about, "seconds": seconds}}, indent=1) + "\n")
+    return 0 if all(done[n]["ok"] for n in args.names or names) else 1
+
+
+if __name__ == "__main__": sys.exit(main())
