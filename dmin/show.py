@@ -9,6 +9,7 @@ __all__ = ['show_images', 'Strip', 'attribution_figure', 'attribution_html']
 import base64
 import html
 import io
+import itertools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -102,11 +103,12 @@ def show_images(
     if titles is not None and len(titles) != len(images): raise ValueError(f"{len(images)} images and {len(titles)} titles")
     side, gap, points = .8 * scale, .08, 7.5 * min(1, max(.8, scale))
     texts = [_wrap(str(t), side + gap / 2, points, 3) for t in titles or []]
-    step = side + gap + (max(map(len, texts)) * points * _LINE + .05 if texts else 0)
     columns = min(columns, len(images))
-    fig = _new_figure(columns * (side + gap) + gap, math.ceil(len(images) / columns) * step + gap)
+    lines = [max((len(t) for t in texts[i:i + columns] if any(t)), default=0) for i in range(0, len(images), columns)]   # in each row
+    tops = list(itertools.accumulate((side + gap + (n * points * _LINE + .05 if n else 0) for n in lines), initial=gap))
+    fig = _new_figure(columns * (side + gap) + gap, tops[-1])
     for i, image in enumerate(images):
-        left, top = gap + i % columns * (side + gap), gap + i // columns * step
+        left, top = gap + i % columns * (side + gap), tops[i // columns]
         _place(fig, image, left, top, side)
         if texts: _write(fig, texts[i], left + side / 2, top + side + .04, points, color=_INK)
     return fig
