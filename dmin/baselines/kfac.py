@@ -104,13 +104,13 @@ class KFAC:
         kinds = ["empirical"] * (fisher == "empirical") + ["reduce"] * (approximation == "reduce")
         self.name = ("EK-FAC" if corrected else "K-FAC") + (f" ({', '.join(kinds)})" if kinds else "")
         self._covered, self._train = _covered(store.objective), mean_gradients(store)
-        self._curvature, self._unit = _curvature(store.objective, store.samples, self._covered, fisher, approximation, corrected, draws, seed)
+        self._curvature, self.unit = _curvature(store.objective, store.samples, self._covered, fisher, approximation, corrected, draws, seed)
         self.set_damping(damping)
 
     def set_damping(self, damping: float) -> "KFAC":
         """Another damping at little cost: the factors stay. Raises `ValueError` when it is not positive."""
         if not damping > 0: raise ValueError(f"damping={damping}: a positive number is needed, such as 0.01")
-        self.damping, self._inverse = damping, _inverse(self._curvature, damping * self._unit)
+        self.damping, self._inverse = damping, _inverse(self._curvature, damping * self.unit)
         return self
 
     def precondition(self, matrices: list[torch.Tensor]) -> torch.Tensor:   # (n, d)
