@@ -38,6 +38,8 @@ PRESETS = {
         train_batch=128,       # images a step
         n_samples=16,          # generated images that a trained DDPM is judged by
         clipart_steps=20,      # of the DDPM that draws clipart
+        digit_size=16,         # height and width of the unconditional models' images
+        ddpm_channels=(16, 32, 64),   # and the width of each level of those that are trained here
         classifier_epochs=4,   # of the classifier that reads generated digits
         size_seconds=2,        # training time of each model in the comparison of sizes
         vae_steps=4,           # of the tiny autoencoder
@@ -65,7 +67,7 @@ PRESETS = {
         table_2_pipelines=("tiny-sd-lora", "tiny-sd3-lora", "tiny-sd3-full"), table_2_prompts=10,
         mixture_timesteps=(5, 5, 5), mixture_v=(2**12, 2**16), mixture_train=None, sampler_steps=None, hnsw_grid=dict(M=(4, 8, 16, 32, 48), ef_construction=(50, 100, 200, 300, 400, 500), ef=(200, 1000)), top=25,
         recipe={}, halves=32, other_halves=32, retrained_seeds=2, lds_timesteps=10, lds_v=2**12, counterfactuals=10, removed=(50,),
-        clip=None, guidance_scale=3., train_steps=3600, train_batch=64, n_samples=500, clipart_steps=10_000, classifier_epochs=12, size_seconds=75, vae_steps=2000, base_steps=4000, sd_steps=3200, base_batch=64, clip_steps=1500, tune_share=1, tune_batch=64,
+        clip=None, guidance_scale=3., train_steps=3600, train_batch=64, n_samples=500, clipart_steps=10_000, digit_size=16, ddpm_channels=(16, 32, 64), classifier_epochs=12, size_seconds=75, vae_steps=2000, base_steps=4000, sd_steps=3200, base_batch=64, clip_steps=1500, tune_share=1, tune_batch=64,
         n_train=400, n_queries=100, detection_k=(5, 10, 50, 100), table_5_train=2000, table_5_v=(2**12, 2**16),
         bench_batch=64, bench_rounds=7, bench_d=50_000_000, bench_real=500, bench_n=9288, memory_layers=24, memory_heads=24,
     ),
@@ -74,8 +76,8 @@ PRESETS = {
         table_2_pipelines=("sd14-lora", "sd3-medium-lora", "sd3-medium-full"), table_2_prompts=20,
         mixture_timesteps=(10, 10, 5), mixture_v=(2**12, 2**16, 2**20), mixture_train=None, sampler_steps=None, hnsw_grid=dict(M=(4, 8, 16, 32, 48), ef_construction=(50, 100, 200, 300, 400, 500), ef=(200, 1000)), top=25,
         recipe=dict(dataset="cifar2", samples=5000, size=32, in_channels=3, channels=(128, 256, 256, 256), layers=2, steps=7800, batch_size=128, lr=1e-4, ema=.9999, queries=1000, timesteps=100, noises=1),
-        halves=64, other_halves=128, retrained_seeds=3, lds_timesteps=100, lds_v=2**15, counterfactuals=60, removed=(100, 500, 1000),
-        clip="openai/clip-vit-base-patch32", guidance_scale=7., train_steps=50_000, train_batch=128, n_samples=10_000, clipart_steps=10_000, classifier_epochs=12, size_seconds=240, vae_steps=20_000, base_steps=50_000, sd_steps=50_000, base_batch=64, clip_steps=1500, tune_share=1, tune_batch=64,
+        halves=64, other_halves=512, retrained_seeds=3, lds_timesteps=100, lds_v=2**15, counterfactuals=60, removed=(100, 500, 1000),
+        clip="openai/clip-vit-base-patch32", guidance_scale=7., train_steps=50_000, train_batch=128, n_samples=10_000, clipart_steps=10_000, digit_size=32, ddpm_channels=(64, 128, 256), classifier_epochs=12, size_seconds=240, vae_steps=20_000, base_steps=50_000, sd_steps=50_000, base_batch=64, clip_steps=1500, tune_share=1, tune_batch=64,
         n_train=60_000, n_queries=1000, detection_k=(5, 10, 50, 100), table_5_train=60_000, table_5_v=(2**12, 2**16),
         bench_batch=64, bench_rounds=7, bench_d=50_000_000, bench_real=500, bench_n=9288, memory_layers=24, memory_heads=24,
     ),

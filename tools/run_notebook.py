@@ -14,7 +14,7 @@ from pathlib import Path
 
 import nbformat
 from nbclient import NotebookClient
-from nbclient.exceptions import CellExecutionError
+from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
 
 
 def echo(cell, cell_index, **_):
@@ -30,7 +30,7 @@ def tidy(text: str) -> str:
     return re.sub(r"(?m)^/\S*?/(ipykernel_\d+/\d+\.py:\d+: |(?=dmin/\S+\.py:\d+: ))", "", "\n".join(lines))
 
 
-def run(path: Path, output: Path, timeout: int) -> bool:
+def run(path: Path, output: Path, timeout: "int | None") -> bool:
     nb = nbformat.read(path, as_version=4)
     nb.metadata.setdefault("kernelspec", {"name": "python3", "display_name": "python3", "language": "python"})
     nb.metadata.pop("widgets", None)
@@ -38,7 +38,7 @@ def run(path: Path, output: Path, timeout: int) -> bool:
                             extra_arguments=["--log-level=40"], resources={"metadata": {"path": str(path.parent)}})
     start, error = time.perf_counter(), None
     try: client.execute()
-    except CellExecutionError as e: error = e
+    except (CellExecutionError, CellTimeoutError, DeadKernelError) as e: error = e
     for cell in (c for c in nb.cells if c.cell_type == "code"):
         for o in cell.outputs:
             if o.output_type == "stream" and o.name == "stderr": o.text = tidy(o.text)

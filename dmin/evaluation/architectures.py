@@ -66,9 +66,10 @@ ARCHITECTURES = {
 
 # %% ../../nbs/evaluation/10_architectures.ipynb #34bb2416
 def gpu_hours(
-    architecture: str,         # a name in `ARCHITECTURES`
+    architecture: "str | Architecture",   # one, or a name in `ARCHITECTURES`
     gradients: int,            # samples × timesteps × noises
     teraflops: float = 60.,    # a second that are sustained: about 40 % of an A100's TF32
 ) -> float:
     """Estimated hours of one GPU for so many gradients."""
-    return gradients * ARCHITECTURES[architecture].gradient_flops() / teraflops / 1e12 / 3600
+    a = ARCHITECTURES[architecture] if isinstance(architecture, str) else architecture
+    return gradients * a.gradient_flops() / teraflops / 1e12 / 3600

@@ -163,7 +163,7 @@ def run_times(name: str) -> dict[str, str]:
     """What running a paper notebook takes, preset by preset: measured for smoke and mini; for paper estimated by arithmetic, see nbs/tutorials/artifact_evaluation.ipynb."""
     times, estimates = _read(results_root() / "times.json"), _read(results_root() / "mini" / "paper_estimates.json").get("result", {}).get("gpu_hours", {})
     out = {p: f"{_hours(times[p]['seconds'][name])} on {times[p]['machine']}" for p in ("smoke", "mini") if name in times.get(p, {}).get("seconds", {})}
-    if name in estimates: out["paper"] = f"not run; estimated {max(estimates[name], .1):.1f} hours of one GPU" if estimates[name] < 10 else f"not run; estimated {estimates[name]:,.0f} hours of one GPU"
+    if name in estimates: out["paper"] = "not run; " + (f"{estimates[name]:,.{0 if estimates[name] >= 10 else 1}f} GPU-hours" if estimates[name] >= .05 else "no gradients of its own")
     return out
 
 
@@ -180,7 +180,7 @@ class Study:
     def check(self, text: str, expected: str, measured: str, holds: bool, close: "bool | None" = None, exact: bool = False, ours: bool = False) -> Claim:
         """Judges a part of the claim and shows it; smoke runs are too small to say, unless it is `exact` arithmetic. `ours`: the paper does not say it."""
         judged = exact or preset().name != "smoke"
-        self.claims.append(Claim(text, expected, measured, bool(holds) if judged else None, close and bool(close), "exact" if exact else "ours" if ours else "paper"))
+        self.claims.append(Claim(text, expected, measured, bool(holds) if judged else None, close and bool(close), "ours" if ours else "exact" if exact else "paper"))
         return self.claims[-1]
 
     def save(self, **result) -> "Study":
@@ -213,11 +213,13 @@ def paper_notebooks() -> list[str]:
 
 def claims_table(preset_name: str = "mini") -> str:
     """Markdown: claim, notebook, expected, measured, status, and times of each preset."""
-    lines = ["| claim | expected | measured here | | smoke / mini | paper |", "|---|---|---|---|---|---|"]
+    times = _read(results_root() / "times.json")
+    def on(p): return f"{p}: {times[p]['machine']}" if p in times else f"{p}: not run"
+    lines = [f"| claim | expected | measured here | | time, {on('smoke')} | time, {on('mini')} | paper: estimate for one A100 |", "|---|---|---|---|---|---|---|"]
     for name in paper_notebooks():
-        kept, times = _read(results_root() / preset_name / f"{name}.json"), run_times(name)
-        if "claims" not in kept.get("result", {}): lines.append(f"| [{name}](nbs/paper/{name}.ipynb) | | not run | | | |"); continue
-        short = {p: t.split(" on ")[0] if p != "paper" else t.removeprefix("not run; estimated ").replace("hours of one GPU", "GPU-h") for p, t in times.items()}
-        lines.append(f"| **[{kept['result']['source']}](nbs/paper/{name}.ipynb)** {kept['result']['claim']} | | | | {short.get('smoke', '')} / {short.get('mini', '')} | {short.get('paper', '')} |")
-        for c in kept["result"]["claims"]: lines.append("| " + " | ".join(x.replace("|", "\\|") for x in (f"… {c['text']}", c["expected"], c["measured"], f"**{c['status']}**" if "not" in c["status"] else c["status"], "", "")) + " |")
+        kept, takes = _read(results_root() / preset_name / f"{name}.json"), run_times(name)
+        if "claims" not in kept.get("result", {}): lines.append(f"| [{name}](nbs/paper/{name}.ipynb) | | not run | | | | |"); continue
+        short = {p: t.split(" on ")[0].removeprefix("not run; ") for p, t in takes.items()}
+        lines.append(f"| **[{kept['result']['source']}](nbs/paper/{name}.ipynb)** {kept['result']['claim']} | | | | {short.get('smoke', '')} | {short.get('mini', '')} | {short.get('paper', '')} |")
+        for c in kept["result"]["claims"]: lines.append("| " + " | ".join(x.replace("|", "\\|") for x in (f"… {c['text']}", c["expected"], c["measured"], f"**{c['status']}**" if "not" in c["status"] else c["status"], "", "", "")) + " |")
     return "\n".join(lines)

@@ -155,8 +155,8 @@ PUBLISHED_SUBSETS = {"flowers": "flowers", "toys": "lego_sets", "cards": "magic_
 class UnconditionalSetting(_Stores):
     """A DDPM, the labelled images that it was trained on, and generated ones, whose classes a classifier reads."""
 
-    def __init__(self, name: str = "ddpm-mnist", dataset: "str | None" = None, n_train: "int | None" = None, n_queries: "int | None" = None, size: int = 16, mode: "str | None" = None):
-        self.name, self.dataset, self._size, self._mode = name, dataset or preset().dataset, size, mode
+    def __init__(self, name: str = "ddpm-mnist", dataset: "str | None" = None, n_train: "int | None" = None, n_queries: "int | None" = None, size: "int | None" = None, mode: "str | None" = None):
+        self.name, self.dataset, self.size, self._mode = name, dataset or preset().dataset, size or preset().digit_size, mode
         self._n_train, self._n_queries, self.timesteps = n_train, n_queries or preset().n_queries, 2 if preset().name == "smoke" else 10
         self._begin()
 
@@ -164,14 +164,14 @@ class UnconditionalSetting(_Stores):
     def pipe(self):
         if PIPELINES[self.name].hub or training_record(self.name)["dataset"] == self.dataset: return load_pipeline(self.name)
         size, name = preset(), f"{self.name}-{self.dataset}"   # the shipped one has seen other images
-        return load_pipeline(trained_once(out_folder() / "trained" / name, lambda: tiny_ddpm(self._size, 3 if self._mode == "RGB" else 1), self.all_images, steps=size.train_steps, batch_size=size.train_batch))
+        return load_pipeline(trained_once(out_folder() / "trained" / name, lambda: tiny_ddpm(self.size, 3 if self._mode == "RGB" else 1, size.ddpm_channels), self.all_images, steps=size.train_steps, batch_size=size.train_batch))
 
     def model(self, name): return self.pipe
 
     @cached_property
     def all_images(self) -> Dataset:
         """Every training image."""
-        return load_images(self.dataset, size=self._size, mode=self._mode)
+        return load_images(self.dataset, size=self.size, mode=self._mode)
 
     @cached_property
     def samples(self) -> Dataset:
@@ -192,7 +192,7 @@ class UnconditionalSetting(_Stores):
         return self.classifier.predict(self.queries["image"])[0]
 
     @property
-    def about(self) -> str: return f"{self.name}, {len(self.samples):,} images of {self._size}×{self._size} pixels"
+    def about(self) -> str: return f"{self.name}, {len(self.samples):,} images of {self.size}×{self.size} pixels"
 
 # %% ../../nbs/evaluation/09_settings.ipynb #b4296877
 class RetrainingSetting(_Stores):
