@@ -103,16 +103,8 @@ class _Data:
     def _cache(self): return tempfile.TemporaryDirectory()
 
 # %% ../../nbs/evaluation/07_retraining_benchmark.ipynb #998c3f70
-class RetrainingBenchmark(_Data):
-    """Training images, queries, models trained on all of them, and the outputs of models trained on parts of them, in a folder.
-
-    `build` makes what is missing. Raises `FileNotFoundError` where something is read that was not built.
-    """
-
-    @cached_property
-    def retrained(self) -> Retrained:
-        """The outputs: `losses` (queries, T) and, for the generated queries' seeds, `images` (queries, H, W) or (queries, H, W, 3) uint8."""
-        return Retrained(self.folder / "outputs", asdict(self.recipe) | {"trained_on": _digest(self.samples), "asked": _digest(self.queries)})
+class _Models(_Data):
+    "Its models: trained on all images or on some of them, and asked about the queries."
 
     @property
     def timesteps(self) -> list[int]: return list(range(0, 1000, 1000 // self.recipe.timesteps))
@@ -140,14 +132,9 @@ class RetrainingBenchmark(_Data):
         objective = make_objective(pipe)
         encoded, n = objective.encode(self.queries[:]), len(self.queries)
         eps = draw_noise(objective.shape, self.timesteps, self.recipe.noise_seed, self.recipe.noises)
-        at = [(t, e) for t, draws in zip(self.timesteps, eps) for e in draws]
-        found = [objective.loss(encoded, torch.full((n,), t), e.expand(n, *e.shape)) for t, e in at]
-        return torch.stack(found, 1).view(n, len(self.timesteps), -1).mean(2)
-
-    def measured(self, masks: torch.Tensor, seeds=None) -> dict[str, torch.Tensor]:   # each (subsets, seeds, n_queries)
-        """Minus the queries' loss, and the evidence lower bound, up to scale and between timesteps by straight lines: higher where a model explains the query better."""
-        losses = self.retrained.outputs(masks, self.seeds if seeds is None else seeds)
-        return {"loss": -losses.mean(3), "ELBO": -(losses @ elbo_weights(self.untrained().scheduler, self.timesteps))}
+        at = [(t, e.to(objective.device)) for t, draws in zip(self.timesteps, eps) for e in draws]
+        found = [objective.loss(encoded, torch.full((n,), t, device=e.device), e.expand(n, *e.shape)) for t, e in at]
+        return torch.stack(found, 1).view(n, len(self.timesteps), -1).mean(2).cpu()
 
     def build_models(self) -> None:
         """Trains the models on all images and generates the queries, where that was not done yet."""
@@ -164,6 +151,22 @@ class RetrainingBenchmark(_Data):
             if seed == 0:
                 with _one_thread(): generate(pipe, r.queries, steps=r.sampler_steps, progress=False).to_parquet(self.folder / "generated.parquet")
             save_trained(pipe, self.folder / f"seed-{seed}", log)
+
+# %% ../../nbs/evaluation/07_retraining_benchmark.ipynb #a6abb3a2
+class RetrainingBenchmark(_Models):
+    """Training images, queries, models trained on all of them, and the outputs of models trained on parts of them, in a folder.
+
+    `build` makes what is missing. Raises `FileNotFoundError` where something is read that was not built.
+    """
+    @cached_property
+    def retrained(self) -> Retrained:
+        """The outputs: `losses` (queries, T) and, for the generated queries' seeds, `images` (queries, H, W) or (queries, H, W, 3) uint8."""
+        return Retrained(self.folder / "outputs", asdict(self.recipe) | {"trained_on": _digest(self.samples), "asked": _digest(self.queries)})
+
+    def measured(self, masks: torch.Tensor, seeds=None) -> dict[str, torch.Tensor]:   # each (subsets, seeds, n_queries)
+        """Minus the queries' loss, and the evidence lower bound, up to scale and between timesteps by straight lines: higher where a model explains the query better."""
+        losses = self.retrained.outputs(masks, self.seeds if seeds is None else seeds)
+        return {"loss": -losses.mean(3), "ELBO": -(losses @ elbo_weights(self.untrained().scheduler, self.timesteps))}
 
     def build(self, progress: bool = True) -> "RetrainingBenchmark":
         """Makes what is missing; several processes started together share the retraining."""
