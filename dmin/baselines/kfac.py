@@ -15,6 +15,7 @@ from ..compression import make_compressor
 from ..data import as_samples
 from ..gradients import PerSampleGradients, flatten_like_gradient, sample_gradients
 from ..objective import Objective, make_objective
+from ..schedule import training_scheduler
 from ..store import Store
 
 # %% ../../nbs/baselines/04_kfac.ipynb #af8dd4ae
@@ -68,7 +69,7 @@ class curvature_batches:
 
     def _inputs(self, k):
         objective, rows, device = self.objective, self.rows[k], self.objective.device
-        encoded = {name: x.to(device) for name, x in objective.encode(self.samples[rows.tolist()]).items()}
+        with torch.no_grad(): encoded = {name: x.to(device) for name, x in objective.encode(self.samples[rows.tolist()]).items()}
         with torch.random.fork_rng():
             torch.manual_seed(self.seed * 1_000_003 + k)
             t, eps = objective.draw_timesteps(len(rows)).to(device), torch.randn(len(rows), *objective.shape).to(device)
@@ -213,7 +214,8 @@ def trajectory_matrices(objective: Objective, points: torch.Tensor, steps: int) 
 
 
 def _stochastic(objective, steps):
-    scheduler = DDIMScheduler.from_config(objective.scheduler.config, clip_sample=False, timestep_spacing="leading", set_alpha_to_one=False)
+    settings = dict(training_scheduler(objective.scheduler).config)   # of the training: the pipeline's sampler may be any
+    scheduler = DDIMScheduler.from_config(settings, clip_sample=False, timestep_spacing="leading", set_alpha_to_one=False)
     if scheduler.config.prediction_type != "epsilon": raise ValueError(f"a model that predicts the noise is needed, this one predicts {scheduler.config.prediction_type}")
     scheduler.set_timesteps(steps)
     return scheduler

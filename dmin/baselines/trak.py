@@ -176,17 +176,20 @@ def trajectory(pipe, queries, steps: "int | None" = None, **options) -> tuple[to
 # %% ../../nbs/baselines/02_trak.ipynb #96c5c0dd
 @torch.no_grad()
 def clean_estimate(objective, encoded: dict[str, torch.Tensor], zt: torch.Tensor, t: torch.Tensor) -> torch.Tensor:   # (n, *shape)
-    """The clean latents that the network's prediction at `zt` (n, *shape), timesteps `t` (n,), implies; clipped to [-1, 1] where the scheduler's sampling clips.
+    """The clean latents that the network's prediction at `zt` (n, *shape), timesteps `t` (n,), implies; clipped to [-1, 1] where they are pixels.
 
-    Raises `ValueError` for an objective with `released=True`, whose target is not what its network predicts. Works for any target that is linear in latent and noise: solves $z_t = a z_0 + b\\epsilon$ and prediction $= p z_0 + q\\epsilon$. Source: Ho et al. 2020, Eq. 15 for the noise.
+    Raises `ValueError` for an objective with `released=True`, whose target is not what its network predicts, and where nothing of the image is left. Works for any target that is linear in latent and noise: solves $z_t = a z_0 + b\\epsilon$ and prediction $= p z_0 + q\\epsilon$. Source: Ho et al. 2020, Eq. 15 for the noise.
     """
     if objective.options.get("released"): raise ValueError("with released=True the target is not what the network predicts, so its prediction implies no clean image: make the objective without")
     zeros, ones = torch.zeros_like(zt), torch.ones_like(zt)
     a, b = objective.noisy(ones, zeros, t), objective.noisy(zeros, ones, t)
     p, q = (objective.predict(encoded | {"z0": z0}, t, eps)[1] for z0, eps in ((ones, zeros), (zeros, ones)))
     predicted, _ = objective.predict(encoded | {"z0": zeros}, t, zt / b)   # so that the network sees zt
+    if (b * p == q * a).any():
+        raise ValueError("at zero terminal signal-to-noise the network sees noise alone, and a prediction of that noise implies no"
+                         " clean image: such a model is trained with prediction_type v_prediction or sample")
     z0 = (b * predicted - q * zt) / (b * p - q * a)
-    return z0.clamp(-1, 1) if objective.scheduler.config.get("clip_sample") else z0
+    return z0.clamp(-1, 1) if objective.bounded else z0
 
 
 class JourneyTRAK(TRAK):
@@ -205,7 +208,7 @@ class JourneyTRAK(TRAK):
         objective, queries, m = self.store.objective, as_samples(queries), self.store.manifest
         seen, times = trajectory(objective.pipe, queries, self.steps, **self.options)
         places = _nearest(objective, times)
-        encoded = {name: x.to(objective.device) for name, x in objective.encode(queries[:]).items()}
+        with torch.no_grad(): encoded = {name: x.to(objective.device) for name, x in objective.encode(queries[:]).items()}
         vectors = torch.zeros(len(queries), self.store.compressor.v)
         with PerSampleGradients(objective.model, objective.parameters, self.store.compressor) as gradients:
             for k, place in enumerate(places):
@@ -218,5 +221,4 @@ class JourneyTRAK(TRAK):
 
 def _nearest(objective, times):
     "Positions in the training schedule of a sampler's timesteps, which may lie between two."
-    grid = getattr(objective, "sigmas", torch.arange(objective.scheduler.config.num_train_timesteps) / 1000) * 1000
-    return (times[:, None] - grid.cpu()).abs().argmin(1)
+    return (times[:, None] - objective.schedule.times).abs().argmin(1)

@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from ..collect import _processes
 from .results import Interval, html_table, shown_path, text_table
+from ..schedule import noise_schedule, training_scheduler
 from ..store import write_atomically
 
 # %% ../../nbs/evaluation/03_lds.ipynb #eb1d519d
@@ -151,9 +152,11 @@ def elbo_weights(scheduler, timesteps) -> torch.Tensor:   # (T,) float32
     The bound is a sum over all of the scheduler's timesteps. Between the `timesteps` at hand (ascending) the error is taken to change linearly, outside of them to stay, so each gets its share of every step's weight.
     Raises `ValueError` for a scheduler that predicts something else. Source: Ho et al. 2020, Eq. 12.
     """
-    if getattr(scheduler, "betas", None) is None or scheduler.config.prediction_type != "epsilon":
-        raise ValueError(f"the evidence lower bound is written down here for a DDPM that predicts the noise, not for {type(scheduler).__name__}, {scheduler.config.get('prediction_type')}")
-    weights = (scheduler.betas / (2 * (1 - scheduler.betas) * (1 - scheduler.alphas_cumprod))).double().numpy()
+    if (kind := noise_schedule(scheduler).prediction_type) != "epsilon":
+        raise ValueError(f"the evidence lower bound is written down here for a DDPM that predicts the noise, not for one that"
+                         f" predicts {kind}")
+    trained = training_scheduler(scheduler)
+    weights = (trained.betas / (2 * (1 - trained.betas) * (1 - trained.alphas_cumprod))).double().numpy()
     grid, steps = np.asarray(timesteps), np.arange(len(weights))
     shares = np.stack([np.interp(steps, grid, one) for one in np.eye(len(grid))])   # (T, steps): how much each counts at every step
     return torch.from_numpy(shares @ weights / weights.sum()).float()
