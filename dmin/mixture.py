@@ -17,7 +17,8 @@ from datasets import (Dataset, Features, Value, are_progress_bars_disabled, conc
 from datasets import Image as ImageFeature
 from PIL import Image
 
-from .data import _fit, _pair, data_folder
+from .checks import finite, whole, whole_seed
+from .data import _fit, _pair, data_folder, to_rgb
 from .show import show_images
 
 # %% ../nbs/02_mixture.ipynb #2c3cc529
@@ -81,18 +82,13 @@ FEATURES = Features({"image": ImageFeature(), "prompt": Value("string"), "subset
                      "source": Value("string"), "origin": Value("int64")})
 
 
-def _rgb(image: Image.Image) -> Image.Image:
-    """Transparent places become white, as in a browser; everything else as Pillow converts it."""
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
+_rgb = to_rgb   # its name of before
 
 
 def _pool(name: str, subset: Subset, ds: Dataset, size: int | tuple[int, int] | None, first: int) -> Dataset:
     """A set's rows in the mixture's columns; `first` is the number of its first row in the pool."""
     def row(x, i):
-        image = _fit(_rgb(x[subset.image]), size, None)
+        image = _fit(to_rgb(x[subset.image], f"row {i} of {name}"), size, None)
         return {"image": image, "prompt": x[subset.caption], "subset": name, "noised": False, "source": x.get("source") or f"{subset.where}/{i}", "origin": first + i}
     return _map(ds, row, name)
 
@@ -122,9 +118,13 @@ def add_noise(
     strength: float = .3,     # standard deviation, half range, or share of pixels; pixel values are 0 to 1
     seed: int | tuple = 0,
 ) -> Image.Image:
-    """A noised copy. Raises `ValueError` for an unknown kind or a strength that is not in (0, 1]. Source: DMin, section 4.1."""
+    """A noised copy. Raises `ValueError` for an unknown kind, a strength that is not in (0, 1], and for seeds below 0 or not whole.
+
+    Source: DMin, section 4.1.
+    """
     if kind not in NOISES: raise ValueError(f"unknown noise {kind!r}: choose one of {', '.join(NOISES)}")
-    if not 0 < strength <= 1: raise ValueError(f"noise strength {strength}: choose more than 0 and at most 1")
+    finite("noise strength", strength, above=0, most=1)
+    seed = tuple(whole_seed("seed", s) for s in seed) if isinstance(seed, tuple) else whole_seed("seed", seed)
     pixels = np.asarray(image, dtype=np.float64) / 255
     noisy = NOISES[kind](pixels, strength, np.random.default_rng(seed))
     return Image.fromarray((noisy.clip(0, 1) * 255).round().astype(np.uint8))
@@ -145,10 +145,11 @@ def plan_mixture(
     train: float = .8,       # share of all that becomes training samples
     seed: int = 0,
 ) -> Plan:
-    """Raises `ValueError` for shares out of range. Source: DMin, section 4.1 (11,059 rows give 9,288 training and 2,323 test samples)."""
-    if not 0 <= noise <= 1: raise ValueError(f"noise={noise}: choose 0 to 1")
-    if not 0 < train < 1: raise ValueError(f"train={train}: choose more than 0 and less than 1")
-    rng = np.random.default_rng(seed)
+    """Raises `ValueError` for shares out of range and for a seed below 0 or not whole. Source: DMin, section 4.1 (11,059 rows give 9,288 training and 2,323 test samples)."""
+    rows = whole("rows", rows, 0)
+    if not 0 <= finite("noise", noise) <= 1: raise ValueError(f"noise={noise}: choose 0 to 1")
+    if not 0 < finite("train", train) < 1: raise ValueError(f"train={train}: choose more than 0 and less than 1")
+    rng = np.random.default_rng(whole_seed("seed", seed))
     copies = rng.choice(rows, int(noise * rows), replace=False)
     origin, order = np.concatenate([np.arange(rows), copies]), rng.permutation(rows + len(copies))
     cut = int(train * len(origin))
@@ -168,12 +169,13 @@ def build_mixture(
 ) -> Dataset:                           # columns image, prompt, subset, noised, source, origin
     """A mixture of captioned image sets, the same rows in the same order every time.
 
-    Raises `ValueError` for an unknown split or noise and for a set that is not what its `Subset` says, `ConnectionError` when the Hub cannot
-    be reached, `FileNotFoundError` when `source` lacks a set.
+    Raises `ValueError` for an unknown split or noise, a bad size or seed, and for a set that is not what its `Subset` says, `ConnectionError`
+    when the Hub cannot be reached, `FileNotFoundError` when `source` lacks a set.
     """
     if split not in ("train", "test"): raise ValueError(f"unknown split {split!r}: choose train or test")
-    if size is not None and min(_pair(size)) < 1: raise ValueError(f"size={size}: choose at least 1 pixel")
-    add_noise(Image.new("RGB", (1, 1)), noise_kind, noise_strength)   # complains before hours of downloading
+    if size is not None: _pair(size)   # this and the next two complain before hours of downloading
+    add_noise(Image.new("RGB", (1, 1)), noise_kind, noise_strength)
+    plan_mixture(1, noise, seed=seed)
     read = {name: _checked(_read(s, source and Path(source)), name, s) for name, s in subsets.items()}
     firsts = np.cumsum([0, *map(len, read.values())])
     pool = concatenate_datasets([_pool(name, subsets[name], ds, size, int(first)) for (name, ds), first in zip(read.items(), firsts)])
@@ -194,15 +196,18 @@ def load_mixture(
     """A mixture by name: `mini` comes with dmin, `paper` is rebuilt from its six Hub data sets, `authors` is what the authors released.
 
     `authors` is split already and has no noised rows, so it takes `size` and `source` only; its subsets are unknown unless it names them.
-    Raises what `build_mixture` does. Source: DMin, section 4.1 and Table 1.
+    Raises what `build_mixture` does, and `ValueError` for a `source` of `mini`. Source: DMin, section 4.1 and Table 1.
     """
     if name == "authors": return _load_authors(split, **options)
     if name not in SUBSETS: raise ValueError(f"unknown mixture {name!r}: choose one of {', '.join(SUBSETS)}, authors; build_mixture makes one of your own sets")
+    if name == "mini" and options.get("source") is not None:
+        raise ValueError(f"{name} comes with dmin: it has no source to replace. build_mixture makes one of your own sets")
     return build_mixture(SUBSETS[name], split, **{"size": SIZES[name]} | options)
 
 # %% ../nbs/02_mixture.ipynb #c9c75992
 def _load_authors(split: str, *, size=SIZES["authors"], source=None) -> Dataset:
     if split not in ("train", "test"): raise ValueError(f"unknown split {split!r}: choose train or test")
+    if size is not None: _pair(size)
     where = AUTHORS if source is None else str(Path(source) / AUTHORS)
     try: ds = load_dataset(where, split=split)
     except OSError as e:
@@ -212,7 +217,7 @@ def _load_authors(split: str, *, size=SIZES["authors"], source=None) -> Dataset:
     if caption is None or "image" not in ds.column_names:
         raise ValueError(f"{where} has the columns {', '.join(ds.column_names)}: expected image and one of prompt, text, caption")
     def row(x, i):
-        return {"image": _fit(_rgb(x["image"]), size, None), "prompt": x[caption], "subset": str(x[subset]) if subset else "unknown", "noised": False,
+        return {"image": _fit(to_rgb(x["image"], f"row {i}"), size, None), "prompt": x[caption], "subset": str(x[subset]) if subset else "unknown", "noised": False,
                 "source": f"{AUTHORS}/{split}/{i}", "origin": i}
     return _map(ds, row, "authors")
 

@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from diffusers import SchedulerMixin
 
+from .checks import whole
+
 # %% ../nbs/04_timesteps.ipynb #3ae0e771
 SPACINGS = {
     "uniform": lambda n: np.arange(n) / n,                                # D-TRAK, appendix B
@@ -25,10 +27,12 @@ def select_timesteps(
 ) -> torch.Tensor:               # (n,) int64, ascending, distinct; fewer than n where a spacing visits one twice
     """The timesteps at which gradients are collected.
 
-    Raises `ValueError` when `n` is out of range or `spacing` is unknown. Source: DMin, section 3.1 (sampling a subset of timesteps);
+    Raises `ValueError` when `n` is no whole number or out of range, or `spacing` is unknown. Source: DMin, section 3.1 (sampling a subset of timesteps);
     the spacings' sources stand beside them.
     """
     total = scheduler.config.num_train_timesteps
-    if not 1 <= n <= total: raise ValueError(f"n={n} timesteps asked of a scheduler that has {total}: choose 1 to {total}")
+    try: n = whole("n", n, most=total)
+    except ValueError as e:
+        raise ValueError(f"n={n} timesteps asked of a scheduler that has {total}: choose 1 to {total}, whole") from e
     if spacing not in SPACINGS: raise ValueError(f"unknown spacing {spacing!r}: choose one of {', '.join(SPACINGS)}")
     return torch.from_numpy(np.unique((SPACINGS[spacing](n) * total).astype(np.int64)))
