@@ -21,7 +21,7 @@ def whole(
     most: int | None = None,
 ) -> int:
     """`value` as an int. Raises `ValueError` for what is no whole number, or outside `least` to `most`."""
-    needed = f"a whole number of at least {least}" + (f" and at most {most}" if most is not None else "") + " is needed"
+    needed = f"a whole number of at least {least} is needed" if most is None else f"choose {least} to {most}, a whole number"
     kind = getattr(value, "dtype", type(value))
     try: number = operator.index(value)
     except TypeError: number = None

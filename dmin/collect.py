@@ -6,46 +6,52 @@
 __all__ = ['collect', 'open_store', 'add', 'query_gradients']
 
 # %% ../nbs/10_collect.ipynb #c816ed3c
+import json
 import operator
 import os
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
 from accelerate import PartialState
-from datasets import concatenate_datasets
-from tqdm import tqdm
+from datasets import ClassLabel, concatenate_datasets
 
+from .bars import bar
+from .checks import absolute_folder, one_of, whole, whole_seed
 from .compression import make_compressor
-from .data import as_samples, sample_ids
+from .data import as_samples, column_digests, sample_ids
+from .files import read_json, remove_leftovers, write_atomically
 from .gradients import Gradients, sample_gradients
 from .objective import make_objective
-from .store import Manifest, Store
+from .store import DTYPES, Manifest, Store, differences
 from .timesteps import select_timesteps
 
 # %% ../nbs/10_collect.ipynb #f2bd3b61
 def _compute(store: Store, samples, rows, batch_size: int, name: str = "sample", verify: bool = False, regions=None, progress: bool = False) -> Gradients:
     """The gradients of some rows of `samples`, by the recipe in the store's manifest."""
     m = store.manifest
-    found = sample_gradients(store.objective, samples.select(rows), torch.tensor(m.timesteps), store.compressor, m.noise_seed, m.noises, batch_size,
-                             [f"{name} {i}" for i in rows], verify, regions, progress)
+    names = [f"{name} {i}" for i in rows]
+    found = sample_gradients(store.objective, samples.select(rows), torch.tensor(m.timesteps), store.compressor, m.noise_seed,
+                             m.noises, batch_size, names, verify, regions, progress)
     return found._replace(recipe=m.fingerprint())
 
 
 def _fill(store, batch_size, progress, processes):
     """Computes and writes what is missing, shard by shard; the first batch is checked against autograd. Each process writes its share."""
     rank, n = processes.process_index, processes.num_processes
-    if rank == 0: store.remove_leftovers()
+    if rank == 0: remove_leftovers(store.folder)
     processes.wait_for_everyone()
     size, missing = store.manifest.shard_size, store.missing()
     shards: dict[int, list[int]] = {}
     for row in missing: shards.setdefault(row // size, []).append(row)
     mine = list(shards.values())[rank::n]
-    with tqdm(total=sum(map(len, mine)), desc="collecting gradients" + f" ({n} processes, share of the first)" * (n > 1), unit="sample", disable=not (progress and mine) or rank > 0) as bar:
+    about = "collecting gradients" + f" ({n} processes, share of the first)" * (n > 1)
+    with bar(total=sum(map(len, mine)), desc=about, unit="sample", disable=not (progress and mine) or rank > 0) as shown:
         for i, rows in enumerate(mine):
             store.write(rows, *_compute(store, store.samples, rows, batch_size, verify=i == 0)[:3])
-            bar.update(len(rows))
+            shown.update(len(rows))
     processes.wait_for_everyone()
     if n > 1: store.refresh()
     return store
@@ -53,12 +59,20 @@ def _fill(store, batch_size, progress, processes):
 # %% ../nbs/10_collect.ipynb #b69073fc
 def _timesteps(objective, timesteps, spacing):
     """The list of timesteps that an argument means: how many, or which."""
-    if isinstance(timesteps, int): timesteps = select_timesteps(objective.scheduler, timesteps, spacing)
-    elif isinstance(timesteps, (str, float)): raise ValueError(f"timesteps={timesteps!r}: give how many, such as 10, or which, such as [0, 500]")
-    try: timesteps = [operator.index(t) for t in (timesteps.tolist() if hasattr(timesteps, "tolist") else timesteps)]
-    except TypeError as e: raise ValueError(f"timesteps={timesteps!r}: whole numbers are needed") from e
+    if isinstance(timesteps, (str, float, bool)) or timesteps is None:
+        raise ValueError(f"timesteps={timesteps!r}: give how many, such as 10, or which, such as [0, 500]")
+    try: timesteps = select_timesteps(objective.scheduler, operator.index(timesteps), spacing)
+    except TypeError: pass   # which, then
+    listed = timesteps.tolist() if hasattr(timesteps, "tolist") else timesteps
+    if not isinstance(listed, (list, tuple, range)): raise ValueError(f"timesteps={timesteps!r}: whole numbers are needed, in a list")
+    timesteps = [_timestep(t) for t in listed]
     objective.check_timesteps(timesteps)
     return timesteps
+
+
+def _timestep(t) -> int:
+    try: return operator.index(t)
+    except TypeError as e: raise ValueError(f"timesteps hold {t!r}: whole numbers are needed") from e
 
 
 def _about_samples(stored, given):
@@ -75,6 +89,32 @@ def _processes():
     """The processes that work on this together, as `torchrun`, `accelerate launch` or `notebook_launcher` started them; this one alone if none did."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1: return PartialState(cpu=not torch.cuda.is_available())   # without cpu=True, accelerate takes each CPU process for the only one
     return SimpleNamespace(process_index=0, num_processes=1, wait_for_everyone=lambda: None)
+
+# %% ../nbs/10_collect.ipynb #2833bc55
+def _make_room(folder: Path, manifest: Manifest) -> None:
+    """A store of this recipe in the folder, where there is none, or none with a sample."""
+    if not (folder / "manifest.json").exists():
+        try: Store.create(folder, manifest)
+        except FileExistsError:
+            if not (folder / "manifest.json").exists(): raise   # else another process has made it meanwhile
+        return
+    store = Store(folder, verify=False)
+    if differences(store.manifest, manifest) and len(store.missing()) == len(store): store.replace_manifest(manifest)
+
+# %% ../nbs/10_collect.ipynb #1e11add8
+def _watch_columns(store: Store, samples) -> None:
+    """Notes what `label` and `subset` are, or warns when they are no longer what was noted."""
+    path = store.folder / "columns.json"
+    if not path.exists():
+        note = {"samples": len(samples), "digests": column_digests(samples)}
+        if int(os.environ.get("RANK", 0)) == 0: write_atomically(path, lambda p: p.write_text(json.dumps(note)))
+        return
+    note = read_json(path, {"samples": int, "digests": dict}, "remove it: it only tells when labels have changed")
+    if note["samples"] > len(samples): return
+    now = column_digests(samples, note["samples"])
+    changed = [c for c in note["digests"] if now.get(c) != note["digests"][c]]
+    if changed: warnings.warn(f"{' and '.join(changed)} of the samples are not what they were when {store.folder} was collected: scores"
+                              " do not depend on them, but what is shown and detection rates do", stacklevel=3)
 
 # %% ../nbs/10_collect.ipynb #ef21a4a9
 def collect(
@@ -101,21 +141,24 @@ def collect(
     Raises `ValueError` when the folder holds a store of another model, data set, seed, timestep set or v, saying which differ; `OSError` when the disk is
     full; and what `dmin.gradients.sample_gradients` raises. Whatever was written stays valid. Source: DMin, section 3.1.
     """
-    objective, samples, folder = make_objective(pipe, parameters), as_samples(samples), Path(folder)
+    seed, noises, batch_size = whole_seed("seed", seed), whole("noises", noises), whole("batch_size", batch_size)
+    one_of("dtype", dtype, DTYPES)
+    objective, samples, folder = make_objective(pipe, parameters), as_samples(samples), absolute_folder(folder)
     d, timesteps = sum(p.numel() for p in objective.parameters.values()), _timesteps(objective, timesteps, spacing)
-    width = make_compressor(d, v).v   # complains about v before anything is computed
-    if batch_size < 1: raise ValueError(f"batch_size={batch_size}: a pass has at least one row")
-    if shard_size is None: shard_size = max(1, min(64, 2**28 // (4 * len(timesteps) * width)))
+    width = make_compressor(d, v, seed).v   # complains about v before anything is computed
+    if shard_size is None: shard_size = max(1, min(64, 2**28 // (4 * max(1, len(timesteps)) * width)))
+    manifest = Manifest(objective.describe(), "", d, timesteps, v, seed, seed, noises, dtype, shard_size)
+    manifest = replace(manifest, model=objective.fingerprint(), sample_ids=sample_ids(samples))
     objective.check(samples)
-    manifest = Manifest(objective.describe(), objective.fingerprint(), d, timesteps, v, seed, seed, noises, dtype, shard_size, sample_ids(samples))
     processes = _processes()
-    if processes.process_index == 0 and not (folder / "manifest.json").exists(): Store.create(folder, manifest)
+    if processes.process_index == 0: _make_room(folder, manifest)
     processes.wait_for_everyone()
     store = Store(folder)
-    if words := store.manifest.differences(manifest):
-        raise ValueError(f"{folder} holds a store of another recipe: " + "; ".join(words) + ". Choose another folder or pass the same arguments"
-                         + _about_samples(store.manifest.sample_ids, manifest.sample_ids))
+    if words := differences(store.manifest, manifest):
+        raise ValueError(f"{folder} holds a store of another recipe: " + "; ".join(words) + ". Choose another folder or pass the"
+                         " same arguments" + _about_samples(store.manifest.sample_ids, manifest.sample_ids))
     store.objective, store.samples = objective, samples
+    _watch_columns(store, samples)
     return _fill(store, batch_size, progress, processes)
 
 # %% ../nbs/10_collect.ipynb #be5d6242
@@ -129,46 +172,88 @@ def open_store(folder: "str | Path", pipe=None, samples=None, parameters=None, v
     if pipe is not None:
         objective = make_objective(pipe, parameters)
         mine = replace(m, model=objective.fingerprint(), objective=objective.describe())
-        if words := m.differences(mine):
-            raise ValueError(f"{folder} was collected from another model: " + "; ".join(words) + ". Pass the pipeline that it was collected from, with the same "
-                             "parameters=, or collect into a new folder")
+        if words := differences(m, mine):
+            raise ValueError(f"{folder} was collected from another model: " + "; ".join(words) + ". Pass the pipeline that it was"
+                             " collected from, with the same parameters=, or collect into a new folder")
         store.objective = objective
     if samples is not None:
         samples = as_samples(samples)
-        if words := m.differences(replace(m, sample_ids=sample_ids(samples))):
-            raise ValueError(f"{folder} was collected from another data set: " + "; ".join(words) + ". Pass the one that it was collected from, in its order")
+        if words := differences(m, replace(m, sample_ids=sample_ids(samples))):
+            raise ValueError(f"{folder} was collected from another data set: " + "; ".join(words) + ". Pass the one that it was"
+                             " collected from, in its order")
         store.samples = samples
+        _watch_columns(store, samples)
     return store
+
+# %% ../nbs/10_collect.ipynb #9579d0cd
+def _with_classes_of(new, known):
+    """New samples with the columns and classes of the known ones. Raises `ValueError` for a column or a class that is missing."""
+    if absent := [c for c in known.column_names if c not in new.column_names]:
+        raise ValueError(f"the new samples lack the column {absent[0]!r}: they have {', '.join(new.column_names)}")
+    new = new.select_columns(known.column_names)
+    for name, kind in known.features.items():
+        if not isinstance(kind, ClassLabel): continue
+        values, own = new.select_columns([name])[:][name], new.features[name]
+        if isinstance(own, ClassLabel) and own.names != kind.names:   # the same number is another class there
+            values = [x if x is None or x < 0 else own.names[x] for x in values]
+        numbers = [_class_number(x, i, name, kind) for i, x in enumerate(values)]
+        if own != kind: new = new.remove_columns(name).add_column(name, numbers)
+    new = new.select_columns(known.column_names)
+    return new if new.features == known.features else new.cast(known.features)
+
+
+def _class_number(x, i: int, column: str, kind: ClassLabel) -> int | None:
+    if isinstance(x, str) and x in kind.names: return kind.names.index(x)
+    if x is None or isinstance(x, int) and -1 <= x < kind.num_classes: return x
+    raise ValueError(f"{column}={x!r} of new sample {i} is no class of the store's samples: choose 0 to {kind.num_classes - 1}, or one"
+                     f" of {', '.join(kind.names)}")
 
 # %% ../nbs/10_collect.ipynb #8e751207
 def add(
     store: Store,
-    samples,                  # the new ones only
-    batch_size: int = 64,     # rows a pass
-    progress: bool = True,    # show a bar
+    samples,                    # the new ones only
+    batch_size: int = 64,       # rows a pass
+    progress: bool = True,      # show a bar
+    duplicates: str = "warn",   # of samples that the store has already: "warn" and store them again, or "skip" them
 ) -> Store:
-    """Appends new samples to a complete store that knows its pipeline and its samples; called again after an interruption, it goes on.
+    """Appends new samples to a complete store that knows its pipeline and its samples; called again after an interruption, it
+    goes on.
 
-    Raises `ValueError` when the store does not know them or is incomplete, and for samples that cannot be encoded; then nothing is changed.
+    Raises `ValueError` when the store does not know them or is incomplete, for samples that cannot be encoded, and when another
+    process has added some since the store was opened; then nothing is changed.
     """
     if store.objective is None or store.samples is None:
         raise ValueError("this store does not know its pipeline and its samples: open it with open_store(folder, pipe, samples)")
-    samples = as_samples(samples)
-    if absent := [c for c in store.samples.column_names if c not in samples.column_names]:
-        raise ValueError(f"the new samples lack the column {absent[0]!r}: they have {', '.join(samples.column_names)}")
-    new = samples.select_columns(store.samples.column_names)
-    if new.features != store.samples.features: new = new.cast(store.samples.features)
-    ids, known = sample_ids(new), len(store.samples)
+    batch_size = whole("batch_size", batch_size)
+    one_of("duplicates", duplicates, ("warn", "skip"))
+    new, known = _with_classes_of(as_samples(samples), store.samples), len(store.samples)
+    ids, before = sample_ids(new, "new sample"), set(store.manifest.sample_ids[:known])
+    again = [i for i, x in enumerate(ids) if x in before]
+    if again and duplicates == "skip":
+        new = new.select(left := [i for i in range(len(ids)) if i not in set(again)])
+        ids, again = [ids[i] for i in left], []
+        if not ids: return store
     if store.manifest.sample_ids[known:] != ids:   # else they were announced by a call that was interrupted
-        store.check_complete()
-        store.objective.check(new)
-        _compute(store, new, [0], batch_size)   # a gradient that cannot be taken is noticed before the manifest changes
-        store.extend(ids)
+        if again: warnings.warn(f"{len(again)} of {len(ids)} new samples, such as new sample {again[0]}, are in the store already and"
+                                " will be in it twice: duplicates='skip' leaves them out", stacklevel=2)
+        _announce(store, new, ids, batch_size)
     store.samples = concatenate_datasets([store.samples, new])
     try: return _fill(store, batch_size, progress, _processes())
     except BaseException:
         if store.missing(): store.samples = store.samples.select(range(known))
         raise
+
+
+def _announce(store, new, ids, batch_size):
+    """Puts new samples into the manifest, once it is clear that they can be computed."""
+    store.check_complete()
+    store.objective.check(new)
+    _compute(store, new, [0], batch_size)   # a gradient that cannot be taken is noticed before the manifest changes
+    processes = _processes()
+    processes.wait_for_everyone()
+    if processes.process_index == 0: store.extend(ids)
+    processes.wait_for_everyone()
+    if processes.process_index: store.reread()
 
 
 Store.add = add
@@ -186,11 +271,11 @@ def query_gradients(
     The last ones are kept, up to 256 MB, so that several methods that ask a store about the same queries compute them once.
     """
     if store.objective is None: raise ValueError("this store does not know its pipeline: open it with open_store(folder, pipe)")
-    queries = as_samples(queries)
-    asked = None if region is not None else (id(store.objective), sample_ids(queries))
-    if asked and store.last_queries[0] == asked: return store.last_queries[1]
+    batch_size, queries = whole("batch_size", batch_size), as_samples(queries)
+    asked = store.objective, sample_ids(queries, "query")   # ids first: an image that cannot be read is named
+    if region is None and store.last_queries[0] == asked: return store.last_queries[1]
     found = _compute(store, queries, range(len(queries)), batch_size, "query", regions=_regions(region, len(queries)), progress=progress)
-    if asked and found.compressed.nbytes <= 2**28: store.last_queries = asked, found
+    if region is None and found.compressed.nbytes <= 2**28: store.last_queries = asked, found
     return found
 
 

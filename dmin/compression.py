@@ -11,12 +11,15 @@ import math
 
 import torch
 
+from .checks import whole, whole_seed
+
 # %% ../nbs/03_compression.ipynb #4c4420cf
-def _check_v(v):
-    if isinstance(v, bool) or not isinstance(v, int) or v < 1:
-        raise ValueError(f"v={v!r}: the compressed dimension must be a positive whole number, such as 4096 "
-                         "(or None to keep gradients uncompressed)")
-    return v
+def _check_v(v) -> int:
+    try: return whole("v", v)
+    except ValueError as e:
+        raise ValueError(f"{e}: the compressed dimension is a positive whole number, such as 4096 (or None to keep gradients"
+                         " uncompressed)") from None
+
 
 
 class _Linear:
@@ -142,8 +145,8 @@ class Compressor(_Linear):
     """
 
     def __init__(self, v: int, seed: int = 0):
-        self.v, self.seed = _check_v(v), seed
-        self.places = _Places(v, seed)
+        self.v, self.seed = _check_v(v), whole_seed("seed", seed)
+        self.places = _Places(self.v, self.seed)
 
     def __repr__(self): return f"Compressor(v={self.v}, seed={self.seed})"
 
@@ -206,7 +209,7 @@ def make_compressor(
 ) -> "Compressor | NoCompression":
     """The compressor for gradients of length `d`. Raises `ValueError` when `v` is not positive or larger than `d`."""
     if v is None: return NoCompression(d)
-    if _check_v(v) > d:
+    if (v := _check_v(v)) > d:
         raise ValueError(f"v={v} is larger than the gradient, which has {d} elements: that would not compress. "
                          f"Choose v of at most {d}, or v=None to keep gradients uncompressed")
     return Compressor(v, seed)

@@ -15,8 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
-from tqdm import tqdm
 
+from .bars import bar
+from .checks import whole, whole_seed
+from .compression import NoCompression
 from .objective import Objective, region_weight
 
 # %% ../nbs/08_gradients.ipynb #d8158a44
@@ -335,7 +337,39 @@ class Gradients(NamedTuple):
     losses: torch.Tensor       # (n, T) float32
     recipe: str = ""           # fingerprint of the store whose recipe was followed, if any
 
+# %% ../nbs/08_gradients.ipynb #db819a1a
+class _Asked(NamedTuple):
+    """What the loss of any pair (sample, timestep) is computed from."""
+    objective: Objective
+    encoded: dict[str, torch.Tensor]   # each of first dimension n
+    steps: torch.Tensor                # (T,)
+    seed: int
+    noises: int
 
+    def once(self, gradients, pair: torch.Tensor, draws: range, verify: bool):
+        """Compressed gradients, norms and losses of pairs, numbered sample by sample, over some draws of noise: one pass."""
+        i, k = pair // len(self.steps), pair % len(self.steps)
+        rows = {name: x[i].repeat_interleave(len(draws), 0) for name, x in self.encoded.items()}
+        used, place = k.unique(return_inverse=True)
+        eps = self.objective.draw_noise(self.steps[used].tolist(), self.seed, draws).to(pair.device)[place].flatten(0, 1)
+        t = self.steps[k].repeat_interleave(len(draws))
+        def loss(): return self.objective.loss(rows, t, eps)
+        compressed, norms, losses = gradients(loss, len(pair))
+        if verify: gradients.verify(loss, len(pair), compressed, norms)
+        return compressed, norms, losses.view(len(pair), len(draws)).mean(1)
+
+
+def _many_noises(gradients, ask: _Asked, pair: torch.Tensor, batch_size: int, compressor, verify: bool):
+    """The same of one pair whose draws do not fit into a pass: whole gradients are summed, then compressed."""
+    total, loss = 0, 0
+    for start in range(0, ask.noises, batch_size):
+        draws = range(start, min(ask.noises, start + batch_size))
+        gradient, _, losses = ask.once(gradients, pair, draws, verify and start == 0)
+        share = len(draws) / ask.noises
+        total, loss = total + gradient * share, loss + losses * share
+    return compressor(total), torch.linalg.vector_norm(total, dim=1, dtype=torch.float64).float(), loss
+
+# %% ../nbs/08_gradients.ipynb #73e9fc70
 def sample_gradients(
     objective: Objective,
     samples,                       # a data set with the columns that the objective encodes
@@ -343,7 +377,7 @@ def sample_gradients(
     compressor,                    # see dmin.compression.make_compressor
     seed: int = 0,                 # of the noise
     noises: int = 1,               # draws of noise whose mean gradient is taken
-    batch_size: int = 64,          # (sample, timestep, noise) rows a pass, at least `noises`; does not change the result beyond rounding
+    batch_size: int = 64,          # (sample, timestep, noise) rows a pass; does not change the result beyond rounding
     names=None,                    # (n,) how to call the samples in errors; default: "sample 0", …
     verify: bool = False,          # check the first batch against autograd's summed gradient
     regions=None,                  # (n,) region of each image that the loss looks at, see dmin.objective.region_weight; None: all of it
@@ -351,28 +385,30 @@ def sample_gradients(
 ) -> Gradients:
     """The compressed gradient of each sample's loss at each timestep, on the CPU.
 
-    Raises `ValueError` for timesteps outside the scheduler and `FloatingPointError` when a loss or a gradient is not finite or a gradient is zero,
-    naming sample and timestep. Source: DMin, section 3.1.
+    Where `noises` is more than `batch_size`, one whole gradient is held in memory, as the norm of a mean needs the mean.
+
+    Raises `ValueError` for timesteps outside the scheduler and `FloatingPointError` when a loss or a gradient is not finite or a
+    gradient is zero, naming sample and timestep. Source: DMin, section 3.1.
     """
     objective.check_timesteps(timesteps)
+    batch_size, noises, seed = whole("batch_size", batch_size), whole("noises", noises), whole_seed("seed", seed)
     device, T, n = objective.device, len(timesteps), len(samples)
-    eps, names = objective.draw_noise(timesteps, seed, noises).to(device), names or [f"sample {i}" for i in range(n)]
-    encoded = {k: x.to(device) for k, x in objective.encode(samples[:], names).items()}
-    if regions is not None: encoded["weight"] = torch.stack([region_weight(r, x["image"], objective.shape) for r, x in zip(regions, samples, strict=True)]).to(device)
-    steps = torch.as_tensor(timesteps, device=device)
+    names, steps = names or [f"sample {i}" for i in range(n)], torch.as_tensor(timesteps, device=device)
+    with torch.no_grad(): encoded = {k: x.to(device) for k, x in objective.encode(samples[:], names).items()}
+    if regions is not None:
+        weights = [region_weight(r, x["image"], objective.shape) for r, x in zip(regions, samples, strict=True)]
+        encoded["weight"] = torch.stack(weights).to(device)
     found = Gradients(torch.empty(n * T, compressor.v), torch.empty(n * T), torch.empty(n * T))
-    pairs = range(0, n * T, max(1, batch_size // noises))
-    with PerSampleGradients(objective.model, objective.parameters, compressor) as gradients:
-        for first in tqdm(pairs, desc="gradients", unit="batch", disable=not progress):
-            pair = torch.arange(first, min(n * T, first + pairs.step), device=device)
-            i, k = pair // T, pair % T
-            rows = {name: x[i].repeat_interleave(noises, 0) for name, x in encoded.items()}
-            def loss(): return objective.loss(rows, steps[k].repeat_interleave(noises), eps[k].flatten(0, 1))
-            c, norms, losses = gradients(loss, len(pair))
-            losses = losses.view(len(pair), noises).mean(1)
-            _check_finite(losses, norms, names, i, steps[k])
-            if verify and first == 0: gradients.verify(loss, len(pair), c, norms)
-            for whole, part in zip(found[:3], (c, norms, losses)): whole[first:first + len(pair)] = part
+    ask = _Asked(objective, encoded, steps, seed, noises)
+    pairs, inner = range(0, n * T, max(1, batch_size // noises)), compressor
+    if noises > batch_size: inner = NoCompression(sum(p.numel() for p in objective.parameters.values()))
+    with PerSampleGradients(objective.model, objective.parameters, inner) as gradients:
+        for first in bar(pairs, desc="gradients", unit="batch", disable=not progress):
+            pair, check = torch.arange(first, min(n * T, first + pairs.step), device=device), verify and first == 0
+            if noises > batch_size: parts = _many_noises(gradients, ask, pair, batch_size, compressor, check)
+            else: parts = ask.once(gradients, pair, range(noises), check)
+            _check_finite(parts[2], parts[1], names, pair // T, steps[pair % T])
+            for whole_part, part in zip(found[:3], parts): whole_part[first:first + len(pair)] = part
     return Gradients(*(x.unflatten(0, (n, T)) for x in found[:3]))
 
 # %% ../nbs/08_gradients.ipynb #4ef6adb2

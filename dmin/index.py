@@ -7,18 +7,23 @@ __all__ = ['Index', 'build_index', 'open_index']
 
 # %% ../nbs/12_index.ipynb #7bf5f2a4
 import errno
+import hashlib
 import json
+import re
+import secrets
 
 import hnswlib
 import numpy as np
 import torch
-from tqdm import tqdm
 
+from .bars import bar
+from .checks import timestep_weights, whole, whole_seed
 from .collect import query_gradients
 from .data import as_samples
+from .files import check_readable, damaged, read_json, remove_leftovers, write_atomically
 from .gradients import Gradients
 from .influence import Ranking, cosines, query_vectors
-from .store import Store, decode, write_atomically
+from .store import Store
 
 # %% ../nbs/12_index.ipynb #2f92f997
 class Index:
@@ -43,16 +48,16 @@ class Index:
 
         Raises `ValueError` when k is not between 1 and the number of samples, the queries do not fit the store, or the store has grown since.
         """
+        weights = timestep_weights(weights, self.store.manifest.timesteps)
+        ef, k = whole("ef", ef), whole("k", k, most=self.about["samples"])
         samples = None if isinstance(queries, Gradients) else as_samples(queries)
         unit = query_vectors(self.store, queries if samples is None else query_gradients(self.store, samples))
-        if weights is not None: unit = unit * torch.as_tensor(weights, dtype=unit.dtype)[:, None]
-        rows, scores = self._candidates(unit, k, ef, rerank)
+        rows, scores = self._candidates(unit * weights[:, None], k, ef, rerank)
         return Ranking(rows, scores, "Most influential (HNSW)", samples, self.store.samples)
 
     def _candidates(self, unit, k, ef, rerank):
         n = self.about["samples"]
         if n != len(self.store): raise ValueError(f"the index has {n} samples, the store has grown to {len(self.store)}: build_index again")
-        if not 1 <= k <= n: raise ValueError(f"k={k} samples asked for, but the index has {n}: choose 1 to {n}")
         ef = min(n, max(k, ef))
         self._graph.set_ef(ef)
         try: rows, distances = self._graph.knn_query(unit.flatten(1).numpy(), k=ef if rerank else k)
@@ -66,6 +71,7 @@ class Index:
 
     def recall(self, queries, k: int = 10, ef: int = 200, rerank: bool = False) -> float:
         """Share of the exact top-k that the index finds, mean over queries (`Gradients`, or what `search` takes)."""
+        ef, k = whole("ef", ef), whole("k", k, most=self.about["samples"])
         unit = query_vectors(self.store, queries if isinstance(queries, Gradients) else query_gradients(self.store, queries))
         exact = cosines(self.store, unit).sum(2).topk(k, 1).indices
         found, _ = self._candidates(unit, k, ef, rerank)
@@ -84,42 +90,79 @@ def build_index(
 
     Raises `ValueError` when the store is incomplete or a parameter makes no sense, `OSError` when the disk is full.
     """
-    if M < 2 or ef_construction < 1: raise ValueError(f"M={M}, ef_construction={ef_construction}: M is at least 2, ef_construction at least 1")
+    M, ef_construction, seed = whole("M", M, 2), whole("ef_construction", ef_construction), whole_seed("seed", seed)
+    threads = whole("threads", threads, -1)
     store.check_complete()
-    m = store.manifest
-    dimension = len(m.timesteps) * m.width
-    graph = hnswlib.Index(space="ip", dim=dimension)
+    about = _belongs_to(store) | {"M": M, "ef_construction": ef_construction, "seed": seed}
+    graph = hnswlib.Index(space="ip", dim=about["dimension"])
     graph.init_index(max_elements=len(store), M=M, ef_construction=ef_construction, random_seed=seed)
-    with tqdm(total=len(store), desc="indexing", unit="sample", disable=not progress) as bar:
+    with bar(total=len(store), desc="indexing", unit="sample", disable=not progress) as shown:
         for shard in store.shards():
-            graph.add_items(decode(shard.gradients, shard.scales).flatten(1).numpy(), shard.rows.numpy(), num_threads=threads)
-            bar.update(len(shard.rows))
-    about = {"store": m.fingerprint(), "samples": len(store), "dimension": dimension, "M": M, "ef_construction": ef_construction, "seed": seed,
-             "bytes": graph.index_file_size()}
-    write_atomically(store.folder / "index.hnsw", lambda path: _save(graph, path))
-    write_atomically(store.folder / "index.json", lambda path: path.write_text(json.dumps(about)))
+            graph.add_items(shard.part().flatten(1).numpy(), shard.rows.numpy(), num_threads=threads)
+            shown.update(len(shard.rows))
+    _save(store.folder, graph, about)
     return Index(store, graph, about)
 
+# %% ../nbs/12_index.ipynb #80372993
+def _belongs_to(store: Store) -> dict:
+    """What an index must agree in with its store."""
+    m = store.manifest
+    return {"store": m.fingerprint(), "ids": hashlib.sha256("".join(m.sample_ids).encode()).hexdigest()[:16],
+            "samples": len(store), "dimension": len(m.timesteps) * m.width}
 
-def _save(graph, path):
-    graph.save_index(str(path))   # does not notice a full disk
-    if path.stat().st_size != graph.index_file_size(): raise OSError(errno.ENOSPC, "the index was not written whole")
+
+def _checksum(path) -> str:
+    with open(path, "rb") as file: return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _own_checksum(about: dict) -> str:
+    """Of the description itself."""
+    rest = {k: x for k, x in about.items() if k != "checksum"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def _save(folder, graph: hnswlib.Index, about: dict) -> None:
+    """Writes graph and description, and removes what older ones left."""
+    remove_leftovers(folder)
+    path = folder / f"index-{secrets.token_hex(8)}.hnsw"
+
+    def save(temporary):
+        graph.save_index(str(temporary))   # does not notice a full disk
+        if temporary.stat().st_size != graph.index_file_size(): raise OSError(errno.ENOSPC, "the index was not written whole")
+    write_atomically(path, save)
+    about |= {"file": path.name, "sha256": _checksum(path)}
+    about["checksum"] = _own_checksum(about)
+    write_atomically(folder / "index.json", lambda p: p.write_text(json.dumps(about)))
+    for old in folder.glob("index*.hnsw"):
+        if old.name != path.name: old.unlink(missing_ok=True)
+
+# %% ../nbs/12_index.ipynb #3e365214
+_BUILD = "build_index(store) makes it again"
+_FIELDS = {"file": str, "sha256": str, "checksum": str, "store": str, "ids": str, "samples": int, "dimension": int, "M": int,
+           "ef_construction": int}
 
 
 def open_index(store: Store) -> Index:
     """The index saved beside the store.
 
-    Raises `FileNotFoundError` when there is none, `ValueError` when it is damaged or older than the store's last samples.
+    Raises `FileNotFoundError` when there is none, `ValueError` when it is damaged, of another store, or older than the store's
+    last samples.
     """
-    about_path, path = store.folder / "index.json", store.folder / "index.hnsw"
-    if not (about_path.exists() and path.exists()): raise FileNotFoundError(f"there is no index in {store.folder}: make one with build_index(store)")
-    try: about = json.loads(about_path.read_text())
-    except ValueError as e: raise ValueError(f"{about_path} is damaged ({e}): build_index(store) makes it again") from e
-    if path.stat().st_size != about["bytes"]: raise ValueError(f"{path} is damaged ({path.stat().st_size} bytes, not {about['bytes']}): build_index(store) makes it again")
-    if about["store"] != store.manifest.fingerprint() or about["samples"] != len(store):
-        raise ValueError(f"the index in {store.folder} has {about['samples']} samples, the store {len(store)}, or it is another store's: build_index again")
+    path = store.folder / "index.json"
+    if not path.exists(): raise FileNotFoundError(f"there is no index in {store.folder}: make one with build_index(store)")
+    about = read_json(path, _FIELDS, _BUILD)
+    if about["checksum"] != _own_checksum(about): raise damaged(path, "its checksum is wrong: it was altered", _BUILD)
+    mine = _belongs_to(store)
+    if wrong := [k for k in mine if about[k] != mine[k]]:
+        raise ValueError(f"the index in {store.folder} has {about['samples']} samples of {about['dimension']} numbers, the store"
+                         f" {len(store)} of {mine['dimension']}, or it is another store's ({', '.join(wrong)}): build_index again")
+    graph_path = store.folder / about["file"]
+    if not re.fullmatch(r"index-[0-9a-f]{16}\.hnsw", about["file"]) or not graph_path.exists():
+        raise damaged(path, f"its graph {about['file']!r} is not there", _BUILD)
+    check_readable(graph_path)
+    if _checksum(graph_path) != about["sha256"]: raise damaged(graph_path, "its checksum is wrong: it was altered", _BUILD)
     graph = hnswlib.Index(space="ip", dim=about["dimension"])
-    graph.load_index(str(path), max_elements=about["samples"])
+    graph.load_index(str(graph_path), max_elements=about["samples"])
     return Index(store, graph, about)
 
 

@@ -17,11 +17,12 @@ from datasets import Image as ImageFeature
 from PIL import Image
 
 from .collect import query_gradients
+from .checks import finite, timestep_weights, whole
 from .data import as_samples
 from .gradients import Gradients
 from .objective import region_mask
 from .show import Strip, attribution_figure, attribution_html
-from .store import Store, decode
+from .store import Store
 
 # %% ../nbs/11_influence.ipynb #5006e4a8
 _PART = 2**20   # stored numbers turned into float32 at a time: 4 MB, which stays in the cache until it is used
@@ -35,7 +36,7 @@ def cosines(store: Store, queries: torch.Tensor) -> torch.Tensor:   # (q, n_trai
     for shard in store.shards():
         step = max(1, _PART // (T * v))
         for i in range(0, len(shard.rows), step):
-            part = decode(shard.gradients[i:i + step], None if shard.scales is None else shard.scales[i:i + step])
+            part = shard.part(slice(i, i + step))
             out[:, shard.rows[i:i + step]] = torch.bmm(part.transpose(0, 1), columns)
     return out.permute(2, 1, 0)
 
@@ -57,11 +58,8 @@ class Scores:
         return (self.per_timestep @ w) * self.scale
 
     def reweight(self, weights) -> "Scores":
-        """The same with other timestep weights (T,), nothing is computed again. Raises `ValueError` when their number is wrong."""
-        weights = torch.as_tensor(weights, dtype=torch.float32)
-        if weights.shape != (len(self.timesteps),):
-            raise ValueError(f"weights of shape {tuple(weights.shape)}: expected {len(self.timesteps)}, one for each timestep {self.timesteps}")
-        return replace(self, weights=weights)
+        """The same with other timestep weights (T,), nothing is computed again. Raises `ValueError` unless there is one finite weight for each."""
+        return replace(self, weights=timestep_weights(weights, self.timesteps))
 
     def top(self, k: int = 10) -> "Ranking":
         """The k proponents of each query, most influential first. Raises `ValueError` when there are fewer samples."""
@@ -73,7 +71,7 @@ class Scores:
 
     def _rank(self, k, largest):
         n = self.per_timestep.shape[1]
-        if not 1 <= k <= n: raise ValueError(f"k={k} samples asked for, but the store has {n}: choose 1 to {n}")
+        k = whole("k", k, most=n)
         order = self.values.sort(dim=1, descending=largest, stable=True)
         return Ranking(order.indices[:, :k], order.values[:, :k], "Proponents: the most influential" if largest else "Opponents: the lowest scores", self.queries, self.samples)
 
@@ -178,6 +176,8 @@ def influence(
     """
     store.check_complete()
     m, samples = store.manifest, None
+    scale = finite("scale", scale, above=0)   # a negative one would turn the ranking round
+    if weights is not None: weights = timestep_weights(weights, m.timesteps)   # before anything is computed
     if isinstance(queries, Gradients):
         if region is not None: raise ValueError("a region is chosen when gradients are computed: store.query_gradients(images, region=…)")
         g = queries
@@ -187,8 +187,7 @@ def influence(
         if region is not None: samples = _marked(samples, region if isinstance(region, list) else [region] * len(samples))
     per_timestep = cosines(store, query_vectors(store, g))
     if not normalise: per_timestep = per_timestep * store.per_sample("norms") * g.norms[:, None]
-    scores = Scores(per_timestep, m.timesteps, samples, store.samples, scale=scale)
-    return scores if weights is None else scores.reweight(weights)
+    return Scores(per_timestep, m.timesteps, samples, store.samples, weights, scale)
 
 
 def _marked(queries, regions):

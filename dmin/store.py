@@ -321,6 +321,11 @@ class _Rows(_Manifested):
 class _Samples(_Rows):
     """Which samples it has."""
 
+    def reread(self) -> None:
+        """Takes over the manifest that another process of this run has put in place."""
+        fresh = type(self)(self.folder, verify=False)
+        for name in ("manifest", "_state", "_fingerprint", "_rows", "_open", "_present"): setattr(self, name, getattr(fresh, name))
+
     def extend(self, ids: list[str]) -> None:
         """Announces new samples, which are missing until they are written. Raises `ValueError` when others came in between."""
         self.replace_manifest(replace(self.manifest, sample_ids=self.manifest.sample_ids + ids))

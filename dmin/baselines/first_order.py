@@ -11,17 +11,16 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
+from ..checks import finite, timestep_weights
 from ..collect import query_gradients
 from ..influence import query_vectors
-from ..store import Store, decode
+from ..store import Store
 
 # %% ../../nbs/baselines/01_first_order.ipynb #f04b0a00
 def _weights(store, weights):
-    "Of the timesteps, (T,), by default of sum one. Raises `ValueError` when their number is wrong."
-    T = len(store.manifest.timesteps)
-    weights = torch.full((T,), 1 / T) if weights is None else torch.as_tensor(weights, dtype=torch.float32)
-    if weights.shape != (T,): raise ValueError(f"weights of shape {tuple(weights.shape)}: expected {T}, one for each timestep {store.manifest.timesteps}")
-    return weights
+    """Of the timesteps, (T,), by default of sum one. Raises `ValueError` unless there is one finite weight for each."""
+    timesteps = store.manifest.timesteps
+    return torch.full((len(timesteps),), 1 / len(timesteps)) if weights is None else timestep_weights(weights, timesteps)
 
 
 def mean_gradients(
@@ -35,8 +34,7 @@ def mean_gradients(
     store.check_complete()
     weights, out = _weights(store, weights), torch.empty(len(store), store.manifest.width)
     for shard in store.shards():
-        each = decode(shard.gradients, shard.scales)
-        out[shard.rows] = torch.einsum("ntv,nt->nv", each, shard.norms * weights)
+        out[shard.rows] = torch.einsum("ntv,nt->nv", shard.part(), shard.norms * weights)
     return out
 
 
@@ -71,7 +69,7 @@ class TracInCP:
 
     def __init__(self, stores: Sequence[Store], learning_rates: "Sequence[float] | None" = None, cosine: bool = False):
         if not stores: raise ValueError("no stores: TracInCP needs at least one checkpoint's")
-        rates = [1.0] * len(stores) if learning_rates is None else list(learning_rates)
+        rates = [1.0] * len(stores) if learning_rates is None else [finite("learning_rates", x, least=0) for x in learning_rates]
         if len(rates) != len(stores): raise ValueError(f"{len(rates)} learning rates for {len(stores)} stores: give one for each checkpoint")
         if any(s.manifest.sample_ids != stores[0].manifest.sample_ids for s in stores): raise ValueError("the stores hold different samples: collect each checkpoint's from the same data set")
         self.parts, self.rates, self.name = [Gradient(s, cosine) for s in stores], rates, "GAS" if cosine else "TracInCP"
