@@ -82,7 +82,6 @@ FEATURES = Features({"image": ImageFeature(), "prompt": Value("string"), "subset
                      "source": Value("string"), "origin": Value("int64")})
 
 
-_rgb = to_rgb   # its name of before
 
 
 def _pool(name: str, subset: Subset, ds: Dataset, size: int | tuple[int, int] | None, first: int) -> Dataset:

@@ -18,8 +18,7 @@ from torch.overrides import TorchFunctionMode
 from transformers.utils import logging as transformers_logging
 
 from .checks import whole, whole_seed
-from .data import _fit, _pair, images_to_tensor
-from .mixture import _rgb
+from .data import _fit, _pair, images_to_tensor, to_rgb
 from .objective import Objective, adapter_parameters, counted_parameters, draw_noise, register_objective
 
 # %% ../nbs/07_text_to_image.ipynb #0a5bad46
@@ -138,8 +137,10 @@ class LatentObjective(Objective):
         return draw_noise(self.shape, [0], seed, noises).expand(len(timesteps), *[-1] * (1 + len(self.shape)))
 
     def check(self, samples) -> None:
-        """Raises `ValueError` for a missing or empty prompt; warns of those that are cut."""
+        """Raises `ValueError` for a missing or empty prompt and for an image whose values are not 8-bit; warns of prompts that
+        are cut."""
         _warn_if_cut(self.pipe.tokenizer, _check_prompts(samples))
+        for i, row in enumerate(samples.select_columns(["image"])): to_rgb(row["image"], f"sample {i}")
 
     @torch.no_grad()
     def encode(self, samples, names=None) -> dict[str, torch.Tensor]:
@@ -154,7 +155,8 @@ class LatentObjective(Objective):
         vae, config = self.pipe.vae, self.pipe.vae.config
         names = names or [f"sample {i}" for i in range(len(images))]
         self._resized = self._resized or _warn_if_resized(images, self.size, names)
-        x = images_to_tensor([_fit(_rgb(image), self.size, None) for image in images], self.size, 3, names)
+        fitted = [_fit(to_rgb(image, name), self.size, None) for image, name in zip(images, names)]
+        x = images_to_tensor(fitted, self.size, 3, names)
         step, parts = max(1, 2**21 // math.prod(self.size)), []   # pixels at a time, so that the autoencoder's activations stay small
         for part in x.split(step):
             found = vae.encode(part.to(vae.device, vae.dtype)).latent_dist
