@@ -11,6 +11,7 @@ from diffusers import DDIMScheduler
 from torch import nn
 
 from .first_order import _weights, mean_gradients
+from ..checks import finite, whole, whole_seed
 from ..compression import make_compressor
 from ..data import as_samples
 from ..gradients import PerSampleGradients, flatten_like_gradient, sample_gradients
@@ -101,6 +102,8 @@ class KFAC:
         for name, value, known in (("fisher", fisher, ("mc", "empirical")), ("approximation", approximation, ("expand", "reduce"))):
             if value not in known: raise ValueError(f"{name}={value!r}: choose one of {', '.join(known)}")
         if query_bits is not None and not 2 <= query_bits <= 16: raise ValueError(f"query_bits={query_bits}: choose 2 to 16, or None for no rounding")
+        finite("damping", damping, above=0)   # before the factors, which take long
+        draws, seed = whole("draws", draws), whole_seed("seed", seed)
         self.store, self.weights, self.query_bits = store, weights, query_bits
         kinds = ["empirical"] * (fisher == "empirical") + ["reduce"] * (approximation == "reduce")
         self.name = ("EK-FAC" if corrected else "K-FAC") + (f" ({', '.join(kinds)})" if kinds else "")
@@ -110,8 +113,8 @@ class KFAC:
 
     def set_damping(self, damping: float) -> "KFAC":
         """Another damping at little cost: the factors stay. Raises `ValueError` when it is not positive."""
-        if not damping > 0: raise ValueError(f"damping={damping}: a positive number is needed, such as 0.01")
-        self.damping, self._inverse = damping, _inverse(self._curvature, damping * self.unit)
+        self.damping = finite("damping", damping, above=0)
+        self._inverse = _inverse(self._curvature, self.damping * self.unit)
         return self
 
     def precondition(self, matrices: list[torch.Tensor]) -> torch.Tensor:   # (n, d)

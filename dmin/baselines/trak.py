@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from .first_order import _weights, mean_gradients, mean_query_gradients
+from ..checks import finite
 from ..data import as_samples
 from ..gradients import PerSampleGradients, sample_gradients
 from ..pipelines import network, pipeline_family
@@ -33,8 +34,7 @@ class Kernel:
         self._left, self._right = (x.T @ vectors, vectors) if self._dual else (vectors, x @ vectors)   # of the queries, of the samples
 
     def _shrunk(self, damping):
-        if not damping > 0: raise ValueError(f"damping={damping}: a positive number is needed, such as 0.01")
-        return 1 / (self._values + damping * self.unit)
+        return 1 / (self._values + finite("damping", damping, above=0) * self.unit)
 
     def scores(self, queries: torch.Tensor, damping: float) -> torch.Tensor:   # (q, n) float32
         """Queries (q, v) against the training rows. Raises `ValueError` for a damping that is not positive."""
