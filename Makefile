@@ -28,8 +28,16 @@ help:
 
 install: $(INSTALLED)
 
+# What runs $(1) is told to do if it is older: $(2).
+define new_enough
+@found="$$($(1) -c 'import sys; print("%d.%d" % sys.version_info[:2]); sys.exit(sys.version_info < (3, 11))')" || \
+  { echo "$(1) is Python $${found:-that does not run}, and 3.11 or newer is needed: $(2)" >&2; exit 1; }
+endef
+WITH_NEWER := make PYTHON=python3.11 $(MAKECMDGOALS)
+
 # Runs again only when what is to be installed has changed.
 $(INSTALLED): pyproject.toml constraints.txt tests/peers.txt
+	$(if $(wildcard $(PY)),$(call new_enough,$(PY),rm -r $(VENV) and then $(WITH_NEWER)),$(call new_enough,$(PYTHON),$(WITH_NEWER)))
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	options="$$($(PY) tools/torch_index.py '$(TORCH_INDEX)')" && \
 	  $(PY) -m pip install --progress-bar off $$options -e '.[dev]' -c constraints.txt

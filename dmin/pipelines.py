@@ -7,6 +7,7 @@ __all__ = ['PIPELINES', 'FAMILIES', 'Recipe', 'PipelineSource', 'load_pipeline',
            'Family', 'register_family', 'pipeline_family', 'generate']
 
 # %% ../nbs/13_pipelines.ipynb #e5427054
+import numbers
 import os
 import re
 import warnings
@@ -17,12 +18,17 @@ from pathlib import Path
 import torch
 from datasets import Dataset, Features, Value
 from datasets import Image as ImageFeature
-from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DiffusionPipeline, StableDiffusion3Pipeline, StableDiffusionPipeline
+from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DiffusionPipeline
+from diffusers import StableDiffusion3Pipeline, StableDiffusionPipeline
+from diffusers.utils import (
+    convert_state_dict_to_diffusers, convert_state_dict_to_peft, convert_unet_state_dict_to_peft)
 from peft import LoraConfig, get_peft_model_state_dict
 from PIL import Image
-from tqdm import tqdm
 
+from .bars import bar
+from .checks import absolute_folder, finite, whole, whole_seed
 from .data import _pair, data_folder
+from .files import write_folder
 from .text_to_image import quiet_libraries, zeros_counted
 
 # %% ../nbs/13_pipelines.ipynb #23bbbed0
@@ -103,23 +109,44 @@ def _unreachable(where: str, offline: str, e: Exception) -> OSError:
     return OSError(f"{where} cannot be fetched from the Hugging Face Hub: it does not exist, is not open to you, or the Hub cannot be reached. Offline, "
                    f"load_pipeline({offline!r}) works, and so does the path of a folder that save_pretrained wrote. ({type(e).__name__}: {str(e)[:200]})")
 
+# %% ../nbs/13_pipelines.ipynb #22854681
+_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def _dtype(dtype: torch.dtype | str | None) -> torch.dtype:
+    """The type of a pipeline's weights, float32 by default. Raises `ValueError` for another one than `_DTYPES`."""
+    found = torch.float32 if dtype is None else _DTYPES.get(dtype, dtype) if isinstance(dtype, str) else dtype
+    if found not in _DTYPES.values():
+        raise ValueError(f"dtype={dtype!r}: weights are {', '.join(_DTYPES)}; give one of these, or torch.float32, …")
+    return found
+
+
+def _device(device: str | torch.device | None) -> torch.device:
+    """A device; by default this process's GPU if there is one. Raises `ValueError` for what is none."""
+    if device is None: device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    try: return torch.device(device)
+    except (RuntimeError, TypeError) as e:
+        raise ValueError(f"device={device!r} is no device: give 'cpu', 'cuda' or 'cuda:1', …") from e
+
 # %% ../nbs/13_pipelines.ipynb #9115c7ff
 def load_pipeline(
     name_or_path: str | Path,                  # a name in `PIPELINES`, a folder, or a Hub id
     device: str | torch.device | None = None,  # by default the GPU if there is one; with several processes, each its own
     *,
     lora: str | Path | None = None,            # adapters: a folder or a Hub id; by default those that belong to the name
-    dtype: torch.dtype | None = None,          # of the weights, float32 by default
+    dtype: torch.dtype | str | None = None,    # of the weights: float32 (the default), float16 or bfloat16
 ) -> DiffusionPipeline:
     """A `diffusers` pipeline, from its name, a folder or the Hub; weights are read from safetensors files only.
 
-    A name that stands for adapters which nobody has published gets new ones, with a warning. Raises `ValueError` for an unknown name or for
-    adapters that do not fit, `FileNotFoundError` for a folder without a pipeline, and `OSError` when the Hub or a file cannot be read,
-    naming what works offline.
+    Whatever `diffusers` opens is loaded; attributed are `StableDiffusionPipeline`, `StableDiffusion3Pipeline`,
+    `DDPMPipeline`, `DDIMPipeline` and their subclasses. A name that stands for adapters which nobody has published
+    gets new ones, with a warning. Raises `ValueError` for an unknown name, device or dtype, or for adapters that do
+    not fit, `FileNotFoundError` for a folder without a pipeline, and `OSError` when the Hub or a file cannot be
+    read, naming what works offline.
     """
-    name = str(name_or_path)
+    name, dtype, device = str(name_or_path), _dtype(dtype), _device(device)
     where, source = _locate(name), PIPELINES.get(name, PipelineSource("", offline="tiny-sd3-lora"))
-    pipe = _from_pretrained(where, source.offline, dtype=dtype or torch.float32, **(dict(safety_checker=None, requires_safety_checker=False) if name == "sd14-lora" else {}))
+    pipe = _from_pretrained(where, source.offline, dtype=dtype, **(dict(safety_checker=None, requires_safety_checker=False) if name == "sd14-lora" else {}))
     pipe.set_progress_bar_config(disable=True)
     if source.recipe and source.hub: network(pipe).register_to_config(sample_size=source.recipe.size // pipe.vae_scale_factor)   # not SD 3's own 1024 pixels
     if source.network: _replace_network(pipe, data_folder() / source.network, source.about)
@@ -128,14 +155,9 @@ def load_pipeline(
     elif source.recipe and source.hub:
         if source.recipe.rank: add_lora(pipe, source.recipe.rank, source.recipe.alpha, source.recipe.targets)
         warnings.warn(f"{name} is {where} as it was published: train(pipe, …) tunes it" + ("; load_pipeline(…, lora=folder) loads adapters" if source.recipe.rank else ""), stacklevel=2)
-    return pipe.to(device or _device())
+    return pipe.to(device)
 
 # %% ../nbs/13_pipelines.ipynb #8eea3ddf
-def _device() -> str:
-    "The GPU of this process if there is one."
-    return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
-
-
 def network(pipe: DiffusionPipeline) -> torch.nn.Module:
     "The network of a pipeline that denoises: its transformer or its U-Net."
     return pipe.transformer if getattr(pipe, "transformer", None) is not None else pipe.unet
@@ -151,54 +173,121 @@ def _replace_network(pipe: DiffusionPipeline, folder: Path, about: str) -> None:
 def add_lora(
     pipe: DiffusionPipeline,
     rank: int = 4,             # of each adapter
-    alpha: int = 8,            # the adapter's output is multiplied by alpha / rank
+    alpha: float = 8,          # the adapter's output is multiplied by alpha / rank
     targets: Sequence[str] = ("to_k", "to_q", "to_v", "to_out.0"),   # how the names of the adapted layers end
     seed: int = 0,             # of the initial weights
 ) -> DiffusionPipeline:
-    """New adapters in a pipeline's network, in place. Raises `ValueError` when there are adapters already or no layer has such a name.
+    """New adapters in a pipeline's network, in place.
 
-    Source: Hu et al. 2021; rank, alpha and layers by DMin, Table 7.
+    Raises `ValueError` for a rank, alpha or seed that is none, when there are adapters already or no layer has such a
+    name. Source: Hu et al. 2021; rank, alpha and layers by DMin, Table 7.
     """
-    model = network(pipe)
+    rank, seed, model = whole("rank", rank), whole_seed("seed", seed), network(pipe)
+    alpha = finite("alpha", alpha, above=0)
     if getattr(model, "peft_config", None): raise ValueError("the pipeline has adapters already: train goes on with them; pipe.unload_lora_weights() removes them")
     if not any(name == t or name.endswith("." + t) for name, _ in model.named_modules() for t in targets):
         raise ValueError(f"no layer's name ends in {', '.join(targets)}: names look like {', '.join([n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)][:3])}, …")
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, init_lora_weights="gaussian", target_modules=list(targets)))
+        model.add_adapter(LoraConfig(r=rank, lora_alpha=int(alpha) if alpha.is_integer() else alpha, init_lora_weights="gaussian", target_modules=list(targets)))
     for name, p in model.named_parameters():
         if "lora_" in name: p.data = p.data.float()   # half-precision adapters do not learn
     return pipe
 
+# %% ../nbs/13_pipelines.ipynb #8c533efe
+def _adapted(pipe: DiffusionPipeline) -> dict[str, torch.nn.Module]:
+    """The network and text encoders of a pipeline that have adapters, by name."""
+    parts = {name: getattr(pipe, name, None) for name in getattr(pipe, "_lora_loadable_modules", ())}
+    return {name: part for name, part in parts.items() if getattr(part, "peft_config", None)}
+
+
+def _adapters(part: torch.nn.Module, name: str) -> dict[str, torch.Tensor]:
+    return get_peft_model_state_dict(part, adapter_name=name, save_embedding_layers=False)
+
+
+def _write_lora(pipe: DiffusionPipeline, folder: Path) -> None:
+    if not _adapted(pipe):
+        raise ValueError("the pipeline has no adapters to save: add_lora(pipe) puts them in, "
+                         "pipe.save_pretrained(folder) saves a whole one")
+    what = {}
+    for kind, part in _adapted(pipe).items():
+        name, config = next(iter(part.peft_config.items()))
+        what[f"{kind}_lora_layers"] = _adapters(part, name)
+        what[f"{kind}_lora_adapter_metadata"] = config.to_dict()
+    pipe.save_lora_weights(str(folder), **what)
+
 
 def save_lora(pipe: DiffusionPipeline, folder: str | Path) -> None:
-    """The adapters of a pipeline as `diffusers` saves them, with rank and alpha. Raises `ValueError` when there are none."""
-    model, kind = network(pipe), "transformer" if getattr(pipe, "transformer", None) is not None else "unet"
-    if not getattr(model, "peft_config", None): raise ValueError("the pipeline has no adapters to save: add_lora(pipe) puts them in, pipe.save_pretrained(folder) saves a whole one")
-    name, config = next(iter(model.peft_config.items()))
-    pipe.save_lora_weights(str(folder), **{f"{kind}_lora_layers": get_peft_model_state_dict(model, adapter_name=name), f"{kind}_lora_adapter_metadata": config.to_dict()})
+    """The adapters of a pipeline as `diffusers` saves them, with rank and alpha, whole or not at all.
 
-
-def load_lora(pipe: DiffusionPipeline, where: str | Path) -> DiffusionPipeline:
-    """Adapters from a folder, a file or the Hub into a pipeline, in place.
-
-    Raises `ValueError` when they fit no layer, or only some, of the pipeline's network, and `OSError` when they cannot be read.
+    Raises `ValueError` when there are none, and `OSError` that says what could not be written, and why.
     """
-    if not hasattr(pipe, "lora_state_dict"): raise ValueError(f"{type(pipe).__name__} takes no adapters: StableDiffusionPipeline and StableDiffusion3Pipeline do")
+    write_folder(absolute_folder(folder), lambda temporary: _write_lora(pipe, temporary))
+
+# %% ../nbs/13_pipelines.ipynb #69db1879
+def _read_lora(pipe: DiffusionPipeline, where: str) -> dict[str, torch.Tensor]:
+    """The adapters of a folder, a file or a Hub id, by the names that `diffusers` gives them."""
     try:
-        with quiet_libraries(): found = pipe.lora_state_dict(str(where))
-    except (OSError, ValueError) as e:   # offline, diffusers raises ValueError for a Hub id
-        if Path(where).exists(): raise OSError(f"no adapters can be read in {where}: save_lora, or diffusers' save_lora_weights, writes pytorch_lora_weights.safetensors. ({str(e)[:200]})") from e
-        if str(where).startswith(("/", ".", "~")): raise OSError(f"there are no adapters in {where}: no such folder") from e
-        raise _unreachable(str(where), "tiny-sd3-lora", e) from e
+        with quiet_libraries(): found = pipe.lora_state_dict(where, use_safetensors=True)
+    except Exception as e:   # offline, diffusers raises ValueError for a Hub id; for unknown formats, whatever happens
+        if not Path(where).exists():
+            if where.startswith(("/", ".", "~")): raise OSError(f"there are no adapters in {where}: no such folder") from e
+            raise _unreachable(where, "tiny-sd3-lora", e) from e
+        raise OSError(f"no adapters can be read in {where}: only safetensors are read; save_lora, or diffusers' "
+                      f"save_lora_weights, writes pytorch_lora_weights.safetensors. ({str(e)[:200]})") from e
     state = found[0] if isinstance(found, tuple) else found
-    modules = {name for name, _ in network(pipe).named_modules()}
-    wanted = {re.sub(r"^(unet|transformer)\.|\.lora[_.].*$", "", key) for key in state if "lora" in key}
-    if not wanted: raise ValueError(f"{where} holds no adapters: its tensors are called {', '.join(list(state)[:2])}, …")
-    if missing := sorted(wanted - modules):
-        raise ValueError(f"the adapters in {where} do not fit {type(network(pipe)).__name__}: {len(missing)} of their {len(wanted)} layers, such as {missing[0]}, are not in it. "
-                         "Load them into the pipeline that they were trained for")
-    with quiet_libraries(): pipe.load_lora_weights(str(where), adapter_name="default")
+    if not any("lora" in key for key in state):
+        raise ValueError(f"{where} holds no adapters: its tensors are called {', '.join(list(state)[:2])}, …")
+    return state
+
+# %% ../nbs/13_pipelines.ipynb #648a2e2e
+def _as_peft_names(part: torch.nn.Module, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A part's adapters by the names that its layers have, as `diffusers` finds them when it loads."""
+    if not state or any("lora_A" in key for key in state): pass
+    elif hasattr(part, "load_lora_adapter"): state = convert_unet_state_dict_to_peft(state)
+    else: state = convert_state_dict_to_peft(convert_state_dict_to_diffusers(state))
+    flat = not hasattr(part, "load_lora_adapter") and not hasattr(part, "text_model")
+    return {key.removeprefix("text_model.") if flat else key: x for key, x in state.items()}
+
+
+def _lost(pipe: DiffusionPipeline, state: dict[str, torch.Tensor]) -> list[str]:
+    """What of a file's adapters is not in the pipeline as it is in the file, and what is in the pipeline alone."""
+    lost = [key for key in state if key.split(".")[0] not in pipe._lora_loadable_modules]
+    for kind in pipe._lora_loadable_modules:
+        part, mine = getattr(pipe, kind, None), f"{kind}."
+        wanted = {key.removeprefix(mine): x for key, x in state.items() if key.startswith(mine)}
+        there = _adapters(part, "default") if getattr(part, "peft_config", None) else {}
+        if part is not None: wanted = _as_peft_names(part, wanted)
+        kept = [key for key, x in wanted.items() if key in there and _same(there[key], x, part.dtype)]
+        lost += sorted(mine + key for key in (wanted.keys() | there.keys()) - set(kept))
+    return lost
+
+
+def _same(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> bool:
+    return a.device.type != "meta" and torch.equal(a.detach().cpu().to(dtype), b.cpu().to(dtype))
+
+# %% ../nbs/13_pipelines.ipynb #01beee55
+def load_lora(pipe: DiffusionPipeline, where: str | Path) -> DiffusionPipeline:
+    """Adapters from a folder, a file or the Hub into a pipeline's network and text encoders, in place.
+
+    Reads what `diffusers` reads, from safetensors only. Raises `ValueError` when there are adapters already or when
+    not all of the new ones fit, and `OSError` when they cannot be read; then the pipeline is as it was.
+    """
+    if not hasattr(pipe, "lora_state_dict"):
+        raise ValueError(f"{type(pipe).__name__} takes no adapters: StableDiffusionPipeline and StableDiffusion3Pipeline do")
+    if _adapted(pipe):
+        raise ValueError("the pipeline has adapters already: pipe.unload_lora_weights() removes them")
+    state, parts = _read_lora(pipe, str(where)), [x for x in pipe.components.values() if isinstance(x, torch.nn.Module)]
+    before = [(p, p.requires_grad) for part in parts for p in part.parameters()]
+    try:
+        with quiet_libraries(): pipe.load_lora_weights(str(where), adapter_name="default", use_safetensors=True)
+        if lost := _lost(pipe, state):
+            raise ValueError(f"{len(lost)} of their {len(state)} tensors, such as {lost[0]}, have no place in it")
+    except Exception as e:   # what diffusers raises depends on what is wrong
+        pipe.unload_lora_weights()
+        for p, learns in before: p.requires_grad_(learns)
+        raise ValueError(f"the adapters in {where} do not fit {type(network(pipe)).__name__}: {str(e)[:300]}. "
+                         "Load them into the pipeline that they were trained for") from e
     for name, p in network(pipe).named_parameters():
         if "lora_" in name: p.data = p.data.float()
     return pipe
@@ -249,7 +338,9 @@ def _sample_ddim(pipe: DDPMPipeline | DDIMPipeline, prompts: None, generators: l
     return ddim(batch_size=len(generators), generator=generators, num_inference_steps=steps, eta=0.0).images
 
 # %% ../nbs/13_pipelines.ipynb #992c6338
-def _sides(size) -> dict: return {} if size is None else dict(zip(("height", "width"), _pair(size)))
+def _sides(size) -> dict[str, int]:
+    """What a pipeline is told of `size`: the images' side, or (height, width)."""
+    return {} if size is None else dict(zip(("height", "width"), _pair(size), strict=True))
 
 
 @register_family("StableDiffusionPipeline", takes_prompts=True, steps=30, batch_size=8)
@@ -270,13 +361,14 @@ def _sample_sd3(pipe: StableDiffusion3Pipeline, prompts: list[str], generators: 
 def _prompts(pipe: DiffusionPipeline, prompts_or_n: int | str | Sequence[str]) -> tuple[int, list[str] | None]:
     "How many images, and their prompts if the pipeline takes any."
     name, takes = type(pipe).__name__, pipeline_family(pipe).takes_prompts
-    if isinstance(prompts_or_n, int):
-        if takes: raise ValueError(f"{name} needs prompts: generate(pipe, 'a red rose') rather than generate(pipe, {prompts_or_n})")
-        if prompts_or_n < 1: raise ValueError(f"{prompts_or_n} images asked for: at least one is needed")
-        return prompts_or_n, None
+    if isinstance(prompts_or_n, numbers.Number) or torch.is_tensor(prompts_or_n):
+        if takes:
+            raise ValueError(f"{name} needs prompts: generate(pipe, 'a red rose') rather than generate(pipe, {prompts_or_n})")
+        return whole("prompts_or_n", prompts_or_n), None
     if not takes: raise ValueError(f"{name} takes no prompts but a number of images: generate(pipe, 10)")
     if isinstance(prompts_or_n, Dataset): prompts_or_n = prompts_or_n["prompt"]
-    prompts = [prompts_or_n] if isinstance(prompts_or_n, str) else list(prompts_or_n)
+    try: prompts = [prompts_or_n] if isinstance(prompts_or_n, str) else list(prompts_or_n)
+    except TypeError as e: raise ValueError(f"prompts_or_n={prompts_or_n!r}: prompts are needed, such as 'a red rose'") from e
     if not prompts: raise ValueError("no prompts: at least one is needed")
     if not all(isinstance(p, str) for p in prompts): raise ValueError(f"prompts must be strings: {next(p for p in prompts if not isinstance(p, str))!r}")
     if empty := [i for i, p in enumerate(prompts) if not p.strip()]: raise ValueError(f"prompt {empty[0]} is empty: write what the image should show")
@@ -297,19 +389,21 @@ def generate(
 
     The prompts may be a data set with a column `prompt`, such as the test split of a mixture; its column `subset` is kept.
 
-    Raises `ValueError` for a number below 1, steps out of range, or prompts where none are taken and the other way round; `TypeError` for a
-    pipeline of no known family.
+    Raises `ValueError` for a number below 1, steps or seeds out of range, or prompts where none are taken and the other
+    way round; `TypeError` for a pipeline of no known family.
     """
     family, (n, prompts) = pipeline_family(pipe), _prompts(pipe, prompts_or_n)
-    steps, batch_size, total = family.steps if steps is None else steps, family.batch_size if batch_size is None else batch_size, pipe.scheduler.config.num_train_timesteps
-    if not 1 <= steps <= total: raise ValueError(f"steps={steps}: choose 1 to {total}")
-    if batch_size < 1: raise ValueError(f"batch_size={batch_size}: at least 1 is needed")
+    total = pipe.scheduler.config.num_train_timesteps
+    steps = whole("steps", family.steps if steps is None else steps, 1, total)
+    batch_size = whole("batch_size", family.batch_size if batch_size is None else batch_size)
+    seed = whole_seed("seed", seed)
+    whole_seed(f"the seed of the last of {n} images, seed + {n - 1}", seed + n - 1)
     images = []
-    with tqdm(total=n, desc="generate", unit="image", disable=not progress) as bar:
+    with bar(total=n, desc="generate", unit="image", disable=not progress) as done:
         for rows in torch.arange(n).split(batch_size):
             generators = [torch.Generator().manual_seed(seed + i) for i in rows.tolist()]
             images += family.sample(pipe, prompts and prompts[rows[0]:rows[-1] + 1], generators, steps, **options)
-            bar.update(len(rows))
+            done.update(len(rows))
     columns = {"image": images, "seed": list(range(seed, seed + n))} | ({"prompt": prompts} if prompts else {})
     features = {"image": ImageFeature(), "seed": Value("int64")} | ({"prompt": Value("string")} if prompts else {})
     if isinstance(prompts_or_n, Dataset) and "subset" in prompts_or_n.column_names:

@@ -10,11 +10,13 @@ import base64
 import hashlib
 import io
 import json
-import os
+import math
 import time
 from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
+from html import escape
 from pathlib import Path
 
 import numpy as np
@@ -24,14 +26,13 @@ from datasets import Dataset
 from diffusers import DiffusionPipeline
 from diffusers.training_utils import EMAModel
 from matplotlib.figure import Figure
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from tqdm import tqdm
 
-from .data import data_folder, sample_ids
+from .bars import bar
+from .checks import absolute_folder, finite, one_of, whole, whole_seed
+from .data import as_samples, data_folder, sample_ids
+from .files import damaged, locked, read_json, read_tensors, remove_leftovers, storing, write_folder, write_tensors
 from .objective import Objective, make_objective
-from .pipelines import PIPELINES, _locate, network, save_lora
-from .store import write_atomically
+from .pipelines import PIPELINES, _locate, _write_lora, network
 from .text_to_image import quiet_libraries
 
 # %% ../nbs/14_training.ipynb #239cc7a0
@@ -111,7 +112,8 @@ class TrainingLog:
 
     def _repr_html_(self) -> str:
         self.plot().savefig(png := io.BytesIO(), format="png", dpi=80)
-        return f"{self!r}<br><img alt='loss curve' src='data:image/png;base64,{base64.b64encode(png.getvalue()).decode()}'>"
+        picture = base64.b64encode(png.getvalue()).decode()
+        return f"{escape(repr(self))}<br><img alt='loss curve' src='data:image/png;base64,{picture}'>"
 
 # %% ../nbs/14_training.ipynb #818e56c7
 class _Run:
@@ -142,40 +144,44 @@ class _Run:
         self.losses.append(value)
 
     def save(self, folder: Path, settings: dict) -> None:
-        "Writes a checkpoint, whole or not at all."
-        tensors = {"losses": torch.tensor(self.losses, dtype=torch.float64)}
+        """Writes a checkpoint, whole or not at all. Raises `OSError` that says why it could not."""
+        tensors = {"losses": torch.tensor(self.losses, dtype=torch.float64),
+                   "seconds": torch.tensor(self.seconds, dtype=torch.float64)}
         for (name, p), average in zip(self.parameters.items(), self.average.shadow_params):
-            tensors |= {f"weight/{name}": p.detach(), f"ema/{name}": average} | {f"{key}/{name}": x for key, x in self.optimizer.state[p].items()}
-        folder.mkdir(parents=True, exist_ok=True)
-        part = folder / "checkpoint.part"
-        save_file({name: x.contiguous() for name, x in tensors.items()}, str(part), {"settings": json.dumps(settings), "seconds": repr(self.seconds)})
-        with open(part, "rb+") as file: os.fsync(file.fileno())
-        os.replace(part, folder / "checkpoint.safetensors")
+            state = {f"{key}/{name}": x for key, x in self.optimizer.state[p].items()}
+            tensors |= {f"weight/{name}": p.detach(), f"ema/{name}": average} | state
+        write_tensors(folder / "checkpoint.safetensors", tensors, {"settings": settings})
 
     def load(self, folder: Path, settings: dict) -> None:
-        "Goes on from a checkpoint if there is one. Raises `ValueError` when it is damaged or of a run with other settings, naming them."
+        """Goes on from a checkpoint if there is one. Raises what `_read_checkpoint` does."""
         path = folder / "checkpoint.safetensors"
         if not path.exists(): return
-        metadata, tensors = _read_checkpoint(path, settings)
+        tensors = _read_checkpoint(path, settings)
         with torch.no_grad():
             for (name, p), average in zip(self.parameters.items(), self.average.shadow_params):
                 p.copy_(tensors[f"weight/{name}"])
                 average.copy_(tensors[f"ema/{name}"])
-                self.optimizer.state[p] = {key: tensors[f"{key}/{name}"].to("cpu" if key == "step" else p.device) for key in ("step", "exp_avg", "exp_avg_sq")}
-        self.losses, self.seconds = tensors["losses"].tolist(), float(metadata["seconds"])
+                self.optimizer.state[p] = {key: tensors[f"{key}/{name}"].to("cpu" if key == "step" else p.device)
+                                           for key in ("step", "exp_avg", "exp_avg_sq")}
+        self.losses, self.seconds = tensors["losses"].tolist(), tensors["seconds"].item()
         self.average.optimization_step = self.step
 
 # %% ../nbs/14_training.ipynb #48cad5f1
-def _read_checkpoint(path: Path, settings: dict) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
-    "Metadata and tensors of a checkpoint, checked against the settings of this run."
-    try:
-        with safe_open(str(path), "pt") as file: metadata, tensors = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}
-    except SafetensorError as e: raise ValueError(f"{path} cannot be read ({e}): delete it to train from the start") from e
-    then = json.loads(metadata.get("settings", "{}"))
+def _read_checkpoint(path: Path, settings: dict) -> dict[str, torch.Tensor]:
+    """The tensors of a checkpoint.
+
+    Raises `ValueError` when it is damaged or of a run with other settings, naming them.
+    """
+    way_out = "delete it to train from the start"
+    tensors, about = read_tensors(path, way_out)
+    then = about.get("settings")
+    if not isinstance(then, dict):
+        raise damaged(path, "it has no checksum: another program or an older dmin wrote it", way_out)
     for name in settings:
         if then.get(name) != settings[name]:
-            raise ValueError(f"{path} was written by another run: {name} was {then.get(name)!r} and is {settings[name]!r}. Use the same, or another folder")
-    return metadata, tensors
+            raise ValueError(f"{path} was written by another run: {name} was {then.get(name)!r} and is {settings[name]!r}. "
+                             "Use the same, or another folder")
+    return tensors
 
 # %% ../nbs/14_training.ipynb #9841f07b
 def _digest(*parts: bytes) -> str:
@@ -200,6 +206,7 @@ def _encoder(objective: Objective, dataset: Dataset, folder: Path | None = None,
 
     Samples are encoded once: kept in memory while they take at most `room` bytes, else in files in `folder`, else encoded again every time.
     """
+    @torch.no_grad()
     def encode(rows): return objective.encode(dataset[rows.tolist()])
 
     parts = torch.arange(len(dataset)).split(_ENCODED)
@@ -207,8 +214,8 @@ def _encoder(objective: Objective, dataset: Dataset, folder: Path | None = None,
     digest = _digest(objective.describe().encode(), *map(str.encode, sample_ids(dataset)), *(first[name].float().cpu().numpy().tobytes() for name in sorted(first)))
     if sum(x.nbytes for x in first.values()) * len(dataset) / len(parts[0]) <= room:
         rest = [first, *map(encode, parts[1:])]
-        whole = {name: torch.cat([part[name] for part in rest]) for name in first}
-        return lambda rows: {name: x[rows.to(x.device)] for name, x in whole.items()}, digest
+        kept = {name: torch.cat([part[name] for part in rest]) for name in first}
+        return lambda rows: {name: x[rows.to(x.device)] for name, x in kept.items()}, digest
     if folder is None: return encode, digest
     return _encoded_files(encode, parts, Path(folder) / f"encoded-{digest}"), digest
 
@@ -217,19 +224,68 @@ _ENCODED = 256   # samples that are encoded at a time, and kept in one file
 
 
 def _encoded_files(encode, parts, folder: Path) -> Callable[[torch.Tensor], Encoded]:
-    "Encodes into files those parts that are not there yet; returns a function that reads rows."
+    """Encodes into files those parts that are not there yet, or damaged; returns a function that reads rows."""
     folder.mkdir(parents=True, exist_ok=True)
-    paths = [folder / f"{k:06d}.safetensors" for k in range(len(parts))]
-    for path, rows in tqdm([*zip(paths, parts)], "encode", unit="part", delay=2):
-        if not path.exists():
-            tensors = {name: x.cpu().contiguous() for name, x in encode(rows).items()}
-            write_atomically(path, lambda temporary: save_file(tensors, temporary))
-    files = [safe_open(str(path), "pt") for path in paths]
+    remove_leftovers(folder)
+    files = []
+    for k, rows in enumerate(bar(parts, "encode", unit="part", delay=2)):
+        path = folder / f"{k:06d}.safetensors"
+        tensors = _whole_file(path)
+        if tensors is None: write_tensors(path, {name: x.cpu().contiguous() for name, x in encode(rows).items()})
+        files.append(tensors or read_tensors(path, "run the same call again")[0])   # mapped, not in memory
 
     def read(rows):
         slices = [(files[r // _ENCODED], r % _ENCODED) for r in rows.tolist()]
-        return {name: torch.cat([f.get_slice(name)[i:i + 1] for f, i in slices]) for name in files[0].keys()}
+        return {name: torch.cat([f[name][i:i + 1] for f, i in slices]) for name in files[0]}
     return read
+
+
+def _whole_file(path: Path) -> Encoded | None:
+    """The tensors of a file, unless it is not there, or not what was written."""
+    if not path.exists(): return None
+    try: tensors, about = read_tensors(path, "it is made anew")
+    except ValueError: return None
+    return tensors if about else None
+
+# %% ../nbs/14_training.ipynb #e40bb32d
+def _decay(name: str, value) -> float:
+    if finite(name, value, least=0) >= 1:
+        raise ValueError(f"{name}={value!r}: a finite number of at least 0 and less than 1 is needed")
+    return float(value)
+
+
+def _decays(name: str, value) -> list[float]:
+    if not isinstance(value, (tuple, list)) or len(value) != 2:
+        raise ValueError(f"{name}={value!r}: two numbers are needed, such as (0.9, 0.999)")
+    return [_decay(f"{name}[{i}]", x) for i, x in enumerate(value)]
+
+
+_CHECKS = {
+    **dict.fromkeys(("steps", "batch_size", "accumulate", "save_every"), whole),
+    "warmup": lambda name, x: whole(name, x, 0),
+    "lr": lambda name, x: finite(name, x, above=0),
+    "weight_decay": lambda name, x: finite(name, x, least=0),
+    "clip": lambda name, x: x if isinstance(x, float) and x == math.inf else finite(name, x, above=0),
+    "ema": _decay, "betas": _decays, "seed": whole_seed}
+
+
+def _checked(**options) -> dict:
+    """Options of `fit` as plain numbers. Raises `ValueError` for the first that makes no sense."""
+    found = {name: _CHECKS[name](name, x) if name in _CHECKS else x for name, x in options.items()}
+    if found.get("accumulate", 1) > found["batch_size"]:
+        raise ValueError(f"accumulate={found['accumulate']}: choose 1 to batch_size={found['batch_size']}")
+    return found
+
+# %% ../nbs/14_training.ipynb #42cd74d3
+@contextmanager
+def _training_in(folder: Path | None):
+    """While open, nobody else trains in the folder. Raises `ValueError` when somebody does."""
+    if folder is None: yield
+    else:
+        with storing(folder): folder.mkdir(parents=True, exist_ok=True)
+        with locked(folder, "training"):
+            remove_leftovers(folder)
+            yield
 
 # %% ../nbs/14_training.ipynb #872a5692
 def fit(
@@ -244,7 +300,7 @@ def fit(
     warmup: int = 100,                               # steps until then, at most a tenth of all
     weight_decay: float = 0.0,                       # of AdamW
     betas: tuple[float, float] = (.9, .999),         # and its decays
-    clip: float = 1.0,                               # largest norm of the gradient
+    clip: float = 1.0,                               # largest norm of the gradient; math.inf: any
     ema: float = 0.999,                              # decay of the running average of the weights; 0 for none
     accumulate: int = 1,                             # passes that a step's batch is split into: less memory, the same weights up to rounding
     seed: int = 0,                                   # of order and of what `batch` draws
@@ -258,29 +314,39 @@ def fit(
 ) -> TrainingLog:
     """Fits parameters with AdamW on the CPU or one GPU, resumable; ends with their running average.
 
-    Raises `ValueError` for settings that make no sense or a checkpoint of another run, and `FloatingPointError` when the loss or gradient is
-    not finite, naming the step.
+    Raises `ValueError` for settings that make no sense, a checkpoint that is damaged or of another run, and a folder
+    in which another process trains; `FloatingPointError` when the loss or gradient is not finite, naming the step; and
+    `OSError` when a checkpoint cannot be written, saying why.
     """
+    settings = _checked(steps=steps, batch_size=batch_size, lr=lr, warmup=warmup, weight_decay=weight_decay, betas=betas,
+                        clip=clip, ema=ema, accumulate=accumulate, seed=seed) | (settings or {})
+    steps, batch_size, lr, seed, betas = (settings[name] for name in ("steps", "batch_size", "lr", "seed", "betas"))
+    n, save_every = whole("n", n), whole("save_every", save_every)
+    folder = None if folder is None else absolute_folder(folder)
     accelerator = accelerator or Accelerator()
-    if accelerator.num_processes > 1 and not alone: raise ValueError(f"{accelerator.num_processes} processes: training runs in one; with alone=True, each trains a model of its own")
-    if not 1 <= accumulate <= batch_size: raise ValueError(f"accumulate={accumulate}: choose 1 to batch_size={batch_size}")
+    if accelerator.num_processes > 1 and not alone:
+        raise ValueError(f"{accelerator.num_processes} processes: training runs in one; "
+                         "with alone=True, each trains a model of its own")
+    settings["precision"] = str(accelerator.mixed_precision)
     for p in parameters.values(): p.requires_grad_(True)
-    optimizer = accelerator.prepare(torch.optim.AdamW(parameters.values(), lr, betas, weight_decay=weight_decay, fused=accelerator.device.type == "cpu"))   # a fifth of a small model's step
-    settings = dict(steps=steps, batch_size=batch_size, lr=lr, warmup=warmup, weight_decay=weight_decay, betas=list(betas), clip=clip, ema=ema, accumulate=accumulate, seed=seed,
-                    precision=str(accelerator.mixed_precision)) | (settings or {})
-    run = _Run(parameters, optimizer, [_learning_rate(step, steps, lr, warmup) for step in range(steps)], clip, ema)
-    if folder: run.load(Path(folder), settings)
-    with torch.random.fork_rng(), tqdm(total=steps, initial=run.step, desc="train", unit=" samples", unit_scale=batch_size, mininterval=1, disable=not progress) as bar:
+    optimizer = torch.optim.AdamW(parameters.values(), lr, tuple(betas), weight_decay=settings["weight_decay"],
+                                  fused=accelerator.device.type == "cpu")   # a fifth of a small model's step
+    rates = [_learning_rate(step, steps, lr, settings["warmup"]) for step in range(steps)]
+    run = _Run(parameters, accelerator.prepare(optimizer), rates, settings["clip"], settings["ema"])
+    with _training_in(folder), torch.random.fork_rng():
+        if folder: run.load(folder, settings)
         start = time.perf_counter() - run.seconds
-        while run.step < steps:
-            torch.manual_seed(_key(seed, run.step, 0))
-            run.advance(batch(_rows(n, batch_size, run.step, seed)), loss, accumulate, accelerator)
-            run.seconds = time.perf_counter() - start
-            bar.set_postfix(loss=f"{np.mean(run.losses[-100:]):.4f}", refresh=False)
-            bar.update()
-            if folder and (run.step % save_every == 0 or run.step == steps): run.save(Path(folder), settings)
-            if callback: callback(run.step - 1, run.losses[-1])
-    if ema: run.average.copy_to(parameters.values())
+        with bar(total=steps, initial=run.step, desc="train", unit=" samples", unit_scale=batch_size, mininterval=1,
+                 disable=not progress) as done:
+            while run.step < steps:
+                torch.manual_seed(_key(seed, run.step, 0))
+                run.advance(batch(_rows(n, batch_size, run.step, seed)), loss, settings["accumulate"], accelerator)
+                run.seconds = time.perf_counter() - start
+                done.set_postfix(loss=f"{np.mean(run.losses[-100:]):.4f}", refresh=False)
+                done.update()
+                if folder and (run.step % save_every == 0 or run.step == steps): run.save(folder, settings)
+                if callback: callback(run.step - 1, run.losses[-1])
+    if settings["ema"]: run.average.copy_to(parameters.values())
     return TrainingLog(np.array(run.losses), np.array(run.rates), batch_size, n, seed, run.seconds)
 
 # %% ../nbs/14_training.ipynb #2d0bb74a
@@ -298,17 +364,16 @@ def _loss(objective: Objective, batch: Encoded) -> torch.Tensor:
 
 # %% ../nbs/14_training.ipynb #01d38106
 def _checked_steps(dataset: Dataset, steps: int | None, epochs: float | None, batch_size: int) -> int:
-    "The number of steps; raises `ValueError` where the request makes no sense."
-    if not len(dataset): raise ValueError("no samples to train on: the data set is empty")
-    if batch_size < 1: raise ValueError(f"batch_size={batch_size}: at least 1 is needed")
+    """The number of steps; raises `ValueError` where the request makes no sense."""
     if (steps is None) == (epochs is None): raise ValueError(f"steps={steps} and epochs={epochs}: give one of the two")
-    steps = steps if epochs is None else round(epochs * len(dataset) / batch_size)
-    if steps < 1: raise ValueError(f"{steps} steps: at least 1 is needed")
+    if steps is not None: return whole("steps", steps)
+    steps = round(finite("epochs", epochs, above=0) * len(dataset) / whole("batch_size", batch_size))
+    if steps < 1: raise ValueError(f"epochs={epochs} of {len(dataset)} samples are {steps} steps: at least 1 is needed")
     return steps
 
 # %% ../nbs/14_training.ipynb #26cf2ef7
 def train(
-    pipe: DiffusionPipeline,       # any with an objective; trained in place: its adapters if it has any, else the whole network
+    pipe: DiffusionPipeline,       # one with an objective; trained in place: its adapters if it has any, else the whole network
     dataset: Dataset,              # what the objective encodes: a column image, and prompt where there are prompts
     *,
     steps: int | None = None,      # optimizer steps; this or `epochs`
@@ -325,13 +390,18 @@ def train(
     one number of threads, also when the run was interrupted and called again with the same `folder`. The caller's random state is left as
     it was. Raises what `fit` does, and `ValueError` for images of another size. Source: Ho et al. 2020, algorithm 1.
     """
-    steps, accelerator = _checked_steps(dataset, steps, epochs, batch_size), accelerator or Accelerator()
+    dataset = as_samples(dataset)
+    steps = _checked_steps(dataset, steps, epochs, batch_size)
+    options = _checked(batch_size=batch_size, lr=lr, **options)
+    folder = options["folder"] = None if options.get("folder") is None else absolute_folder(options["folder"])
+    accelerator = accelerator or Accelerator()
     objective = make_objective(pipe.to(accelerator.device), parameters)
-    encode, digest = _encoder(objective, dataset, options.get("folder"))
+    with _training_in(folder): encode, digest = _encoder(objective, dataset, folder)
     objective.model.requires_grad_(False).train()
     try:
         return fit(objective.parameters, len(dataset), lambda rows: _drawn(objective, encode(rows)), lambda batch: _loss(objective, batch),
-                   steps=steps, batch_size=batch_size, lr=lr, accelerator=accelerator, settings=dict(dataset=digest, model=_model_digest(objective)), **options)
+                   steps=steps, accelerator=accelerator, settings=dict(dataset=digest, model=_model_digest(objective)),
+                   **options)
     finally: objective.model.eval()
 
 # %% ../nbs/14_training.ipynb #8e3712c1
@@ -342,23 +412,34 @@ def save_trained(
     part: str | None = None,     # "pipeline", "adapters" or "network"; by default the adapters if there are any, else the whole pipeline
     **more,                      # further facts for the record, such as the data set's name
 ) -> None:
-    """Saves what was trained, as safetensors, and `training.json` beside it.
+    """Saves what was trained, as safetensors, and `training.json` beside it, whole or not at all.
 
-    Adapters are loaded again with `load_pipeline(…, lora=folder)`. Raises `ValueError` for an unknown part, or adapters where there are none.
+    Adapters are loaded again with `load_pipeline(…, lora=folder)`. Raises `ValueError` for an unknown part, or adapters
+    where there are none, and `OSError` that says what could not be written, and why.
     """
     part = part or ("adapters" if getattr(network(pipe), "peft_config", None) else "pipeline")
-    save = {"pipeline": pipe.save_pretrained, "adapters": lambda to: save_lora(pipe, to), "network": network(pipe).save_pretrained}
-    if part not in save: raise ValueError(f"part={part!r}: choose one of {', '.join(save)}")
-    with quiet_libraries(): save[part](folder)
-    for path in Path(folder).rglob("*.json"):   # diffusers and transformers note the folder that a part was loaded from
-        config = json.loads(path.read_text())
-        found = [config.pop(key) for key in ("_name_or_path", "name_or_path") if key in config]
-        if found: path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
-    (Path(folder) / "training.json").write_text(json.dumps(log.record() | more, indent=2) + "\n")
+    one_of("part", part, ("pipeline", "adapters", "network"))
+    record = json.dumps(log.record() | more, indent=2) + "\n"
+
+    def write(temporary):
+        if part == "adapters": _write_lora(pipe, temporary)
+        else: (pipe if part == "pipeline" else network(pipe)).save_pretrained(temporary)
+        for path in temporary.rglob("*.json"): _forget_where(path)
+        (temporary / "training.json").write_text(record, encoding="utf-8")
+    with quiet_libraries(): write_folder(absolute_folder(folder), write)
+
+
+def _forget_where(path: Path) -> None:
+    """Removes the folder that a part was loaded from, which diffusers and transformers note in its configuration."""
+    config = json.loads(path.read_text(encoding="utf-8"))
+    found = [config.pop(key) for key in ("_name_or_path", "name_or_path") if key in config]
+    if found: path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def training_record(name_or_path: str | Path) -> dict:
-    """How a pipeline was trained: epochs, mean_learning_rate and more. Raises `FileNotFoundError` when nothing was recorded.
+    """How a pipeline was trained: epochs, mean_learning_rate and more.
+
+    Raises `FileNotFoundError` when nothing was recorded, and `ValueError` when the record is damaged.
 
     Source of what is kept: DMin, Eq. 5.
     """
@@ -366,4 +447,4 @@ def training_record(name_or_path: str | Path) -> dict:
     tuned = source and not source.hub and (source.lora or source.network)
     path = Path(data_folder() / tuned if tuned else name_or_path if (Path(name_or_path) / "training.json").is_file() else _locate(str(name_or_path))) / "training.json"
     if not path.is_file(): raise FileNotFoundError(f"{path} is not there: save_trained writes it, a pipeline from elsewhere has none")
-    return json.loads(path.read_text())
+    return read_json(path, dict.fromkeys(("epochs", "mean_learning_rate"), (int, float)), "save_trained writes it anew")

@@ -19,18 +19,22 @@ from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernel
 
 def echo(cell, cell_index, **_):
     """Prints the standard output of a cell that has run."""
-    for output in cell.get("outputs", []):
-        if output.output_type == "stream" and output.name == "stdout": print(output.text, end="", flush=True)
+    streams = [output for output in cell.get("outputs", []) if output.output_type == "stream"]
+    print(ended("".join(output.text for output in streams if output.name == "stdout")), end="", flush=True)
+
+
+def ended(text: str) -> str:
+    """A stream with the end of each progress bar, and none that never moved."""
+    lines = [line.split("\r")[-1] for line in text.replace("\r\n", "\n").split("\n")]
+    return "\n".join(line for line in lines if not re.search(r"\b0%\|.*\| \S+/\S+ \[", line))
 
 
 def tidy(text: str) -> str:
-    """Standard error as one would keep it: the end of each progress bar, none that never moved, and warnings without this machine's folders."""
-    lines = [line.split("\r")[-1] for line in text.replace("\r\n", "\n").split("\n")]
-    lines = [line for line in lines if not re.search(r"\b0%\|", line)]
-    return re.sub(r"(?m)^/\S*?/(ipykernel_\d+/\d+\.py:\d+: |(?=dmin/\S+\.py:\d+: ))", "", "\n".join(lines))
+    """Standard error as one would keep it: as `ended`, and warnings without this machine's folders."""
+    return re.sub(r"(?m)^/\S*?/(ipykernel_\d+/\d+\.py:\d+: |(?=dmin/\S+\.py:\d+: ))", "", ended(text))
 
 
-def run(path: Path, output: Path, timeout: "int | None") -> bool:
+def run(path: Path, output: Path, timeout: int | None) -> bool:
     nb = nbformat.read(path, as_version=4)
     nb.metadata.setdefault("kernelspec", {"name": "python3", "display_name": "python3", "language": "python"})
     nb.metadata.pop("widgets", None)
@@ -41,7 +45,7 @@ def run(path: Path, output: Path, timeout: "int | None") -> bool:
     except (CellExecutionError, CellTimeoutError, DeadKernelError) as e: error = e
     for cell in (c for c in nb.cells if c.cell_type == "code"):
         for o in cell.outputs:
-            if o.output_type == "stream" and o.name == "stderr": o.text = tidy(o.text)
+            if o.output_type == "stream": o.text = tidy(o.text) if o.name == "stderr" else ended(o.text)
         cell.outputs = [o for o in cell.outputs if o.output_type != "stream" or o.text.strip()]
     if error is None or output != path:  # in place, a failed run leaves the notebook as it was
         output.parent.mkdir(parents=True, exist_ok=True)

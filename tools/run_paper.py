@@ -4,7 +4,8 @@
     python tools/run_paper.py table_2 figure_1         # some
     python tools/run_paper.py --again                  # also those that are done
 
-Executed notebooks and summary.md go to out/paper/<preset>, numbers to results/<preset>. What is done is not done again, unless its notebook or the
+Executed notebooks and summary.md go to out/paper/<preset>, stores to out (smoke: to out/smoke), numbers to
+results/<preset> (smoke: to out/smoke/results); DMIN_OUT, if set, takes the place of out and out/smoke. What is done is not done again, unless its notebook or the
 package has changed since; a run that was stopped goes on with the first notebook that is not done, and that one with what it had collected.
 """
 import argparse
@@ -41,6 +42,12 @@ def summary(done: dict, preset: str, about: str) -> str:
     return "\n".join(lines) + "\n"
 
 
+def places(preset: str, chosen: str | None) -> tuple[Path, Path]:
+    """The folders for executed notebooks and for what they make; `chosen` is DMIN_OUT as the user set it."""
+    if chosen: return Path(chosen).absolute() / "paper" / preset, Path(chosen).absolute()
+    return ROOT / "out" / "paper" / preset, ROOT / "out" / "smoke" if preset == "smoke" else ROOT / "out"
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", help="of notebooks, without .ipynb; all by default")
@@ -49,14 +56,14 @@ def main() -> int:
     args = parser.parse_args()
 
     preset = os.environ.setdefault("DMIN_PRESET", "mini")
-    os.environ.setdefault("DMIN_OUT", str(ROOT / "out" / "smoke" if preset == "smoke" else ROOT / "out"))
+    folder, made = places(preset, os.environ.get("DMIN_OUT"))
+    os.environ["DMIN_OUT"] = str(made)
     sys.path.insert(0, str(ROOT))
     from dmin.evaluation.claims import paper_notebooks, results_root
     from dmin.evaluation.results import machine, results_folder
     names = paper_notebooks()
     if unknown := [n for n in args.names if n not in names]: parser.error(f"there is no notebook {unknown[0]!r} in nbs/paper; there are {', '.join(names)}")
 
-    folder = Path(os.environ["DMIN_OUT"]) / "paper" / preset
     folder.mkdir(parents=True, exist_ok=True)
     record, m = folder / "done.json", machine()
     done = json.loads(record.read_text()) if record.exists() else {}

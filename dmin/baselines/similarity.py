@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from skimage.metrics import structural_similarity
-from tqdm import tqdm
 from transformers import CLIPImageProcessor, CLIPModel
 
+from ..bars import bar
 from ..data import as_samples, data_folder, images_to_tensor
 from ..objective import make_objective
 from ..text_to_image import quiet_libraries
@@ -74,13 +74,15 @@ class Latents(_Vectors):
 class CLIP(_Vectors):
     """CLIP's image embeddings. Source: Radford et al. 2021; D-TRAK, appendix A.3.
 
-    `model` is a name on the Hub or a folder; by default the stand-in in `data/tiny/clip`, a small model of the same class that was trained on the mini mixture's captions, and is named so. Raises
-    `OSError` when the model cannot be loaded.
+    `model` is a name on the Hub or a folder; by default the stand-in in `data/tiny/clip`, a small model of the same class that was trained on the mini mixture's captions, and is named so. Only
+    safetensors are read. Raises `OSError` when the model cannot be loaded.
     """
 
-    def __init__(self, samples, model: "str | Path | None" = None, cosine: bool = True, batch_size: int = 64):
+    def __init__(self, samples, model: str | Path | None = None, cosine: bool = True, batch_size: int = 64):
         where = Path(model) if model is not None and Path(model).is_dir() else model or data_folder() / "tiny" / "clip"
-        with quiet_libraries(): self.model, self.processor = CLIPModel.from_pretrained(where).eval(), CLIPImageProcessor.from_pretrained(where)
+        with quiet_libraries():
+            self.model = CLIPModel.from_pretrained(where, use_safetensors=True).eval()
+            self.processor = CLIPImageProcessor.from_pretrained(where)
         self.kind, self.batch_size = "CLIP stand-in" if where == data_folder() / "tiny" / "clip" else "CLIP", batch_size
         super().__init__(samples, cosine)
 
@@ -114,5 +116,5 @@ class SSIM:
         queries = self._arrays(queries)
         if queries.shape[1:] != self._train.shape[1:]:
             raise ValueError(f"the queries have {queries.shape[2]}×{queries.shape[1]} pixels, the training images {self._train.shape[2]}×{self._train.shape[1]}: resize one of them")
-        rows = tqdm(queries, "SSIM", unit="query", disable=not self.progress)
+        rows = bar(queries, "SSIM", unit="query", disable=not self.progress)
         return torch.tensor([[structural_similarity(q, x, data_range=1.) for x in self._train] for q in rows], dtype=torch.float32)
