@@ -29,6 +29,7 @@ from .bars import bar
 from .checks import absolute_folder, finite, whole, whole_seed
 from .data import _pair, data_folder
 from .files import write_folder
+from .schedule import training_settings
 from .text_to_image import quiet_libraries, zeros_counted
 
 # %% ../nbs/13_pipelines.ipynb #23bbbed0
@@ -333,7 +334,8 @@ def pipeline_family(pipe: DiffusionPipeline) -> Family:
 @register_family("DDPMPipeline", "DDIMPipeline", takes_prompts=False, steps=50, batch_size=64)
 def _sample_ddim(pipe: DDPMPipeline | DDIMPipeline, prompts: None, generators: list[torch.Generator], steps: int) -> list[Image.Image]:
     "A batch from an unconditional pipeline by deterministic DDIM."
-    ddim = DDIMPipeline(pipe.unet, DDIMScheduler.from_config(pipe.scheduler.config))
+    scheduler = DDIMScheduler.from_config(pipe.scheduler.config, **training_settings(pipe.scheduler))   # whatever sampler it has
+    ddim = DDIMPipeline(pipe.unet, scheduler)
     ddim.set_progress_bar_config(disable=True)
     return ddim(batch_size=len(generators), generator=generators, num_inference_steps=steps, eta=0.0).images
 

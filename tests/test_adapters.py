@@ -234,7 +234,7 @@ def test_devices_that_are_none(device, monkeypatch):
 
 
 @pytest.mark.parametrize("bad, said", [
-    (dict(steps=2.5), "steps=2.5"), (dict(steps=0), "steps=0"), (dict(steps=1001), "at most 1000"), (dict(steps=True), "steps=True"),
+    (dict(steps=2.5), "steps=2.5"), (dict(steps=0), "steps=0"), (dict(steps=1001), "choose 1 to 1000"), (dict(steps=True), "steps=True"),
     (dict(batch_size=0), "batch_size=0"), (dict(batch_size=1.5), "batch_size=1.5"), (dict(seed=-1), "seed=-1"),
     (dict(seed=2**64), f"seed={2**64}"), (dict(seed=.5), "seed=0.5"), (dict(seed=2**63 - 2), "the last of 3 images"),
     (dict(prompts_or_n=2.), "prompts_or_n=2.0"), (dict(prompts_or_n=True), "prompts_or_n=True"), (dict(prompts_or_n=0), "prompts_or_n=0"),

@@ -9,12 +9,11 @@ from datasets import ClassLabel, Dataset, Features, Value
 from datasets import Image as ImageFeature
 from PIL import ExifTags, Image
 
-import dmin.mixture as mixture_module
 from dmin import load_images, select_timesteps
 from dmin.data import _draw, _pair, as_samples, column_digests, images_to_tensor, sample_ids, to_rgb
 from dmin.evaluation.costs import Cost, CostTable
-from dmin.evaluation.detection import detection_rate, detection_table
-from dmin.evaluation.lds import LDSTable, random_subsets
+from dmin.evaluation.detection import detection_table
+from dmin.evaluation.lds import LDSTable
 from dmin.evaluation.noise_detection import noise_table
 from dmin.evaluation.results import Interval, html_table
 from dmin.mixture import Subset, add_noise, build_mixture, load_mixture, plan_mixture
@@ -140,7 +139,6 @@ def test_values_that_are_not_eight_bit_are_not_cut_off(mode):
 
 def test_eight_bit_modes_still_become_rgb():
     for mode in ("1", "L", "P", "RGB", "RGBA", "LA", "CMYK", "YCbCr"): assert to_rgb(Image.new(mode, (8, 8))).mode == "RGB"
-    assert mixture_module._rgb is to_rgb
 
 
 def test_sixteen_bits_and_truth_values_are_told_apart():
@@ -224,11 +222,11 @@ def test_mini_has_no_source(tmp_path):
         assert "no source to replace" in words and "build_mixture" in words
 
 
-@pytest.mark.parametrize("bad, words", [(dict(seed=-1), "seed=-1"), (dict(seed=2.5), "seed=2.5"), (dict(seed="0"), "seed='0'"), (dict(seed=2**64), "at most"),
+@pytest.mark.parametrize("bad, words", [(dict(seed=-1), "seed=-1"), (dict(seed=2.5), "seed=2.5"), (dict(seed="0"), "seed='0'"), (dict(seed=2**64), "choose 0 to"),
                                         (dict(noise=float("nan")), "noise=nan"), (dict(noise="x"), "noise='x'"), (dict(noise_strength=float("nan")), "strength=nan")])
 def test_a_mixtures_numbers_are_checked_before_anything_is_read(bad, words, monkeypatch):
     def read(*args): raise AssertionError("it was read")
-    monkeypatch.setattr(mixture_module, "_read", read)
+    monkeypatch.setattr("dmin.mixture._read", read)
     assert words in said(build_mixture, {"roses": Subset("a/b", "text", 1)}, **bad)
 
 
@@ -258,3 +256,39 @@ def test_a_number_of_timesteps(pipe, n):
 
 def test_numbers_of_numpy_and_torch(pipe):
     for n in (np.int64(4), torch.tensor(4)): assert select_timesteps(pipe.scheduler, n).tolist() == [0, 250, 500, 750]
+
+
+# HTML
+
+EVIL = "<script>alert(1)</script><img src=x onerror=alert(2)>\"'&"
+
+
+class Tags(HTMLParser):
+    """The tags of a page, and whether one of them has an attribute that runs something."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.found, self.runs = [], []
+        self.feed(page)
+
+    def handle_starttag(self, tag, attributes):
+        self.found.append(tag)
+        self.runs += [name for name, _ in attributes if name.startswith("on")]
+
+
+def table(*names):
+    return detection_table({name: np.eye(3) for name in names}, [EVIL, "b", "c"], [EVIL, "b", "c"], k=(1,))
+
+
+PAGES = {
+    "strips": lambda: attribution_html([Strip(photo(), EVIL, [photo()], [f"{EVIL}\n{EVIL}"], EVIL)]), "table": lambda: html_table([[EVIL, EVIL], [EVIL, EVIL]], EVIL),
+    "detection": lambda: table(EVIL)._repr_html_(), "LDS": lambda: LDSTable({EVIL: {EVIL: Interval(1., 0., 2.)}}, 3, 4)._repr_html_(),
+    "costs": lambda: CostTable({EVIL: Cost(1., 1., 1., 1, 1)})._repr_html_(), "noise": lambda: noise_table({EVIL: np.arange(4)}, [True, False, True, False], draws=3)._repr_html_()}
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_text_in_pages_is_escaped(name):
+    page = PAGES[name]()
+    tags = Tags(page)
+    assert "script" not in tags.found and not tags.runs and "alert(1)" in page
+    assert tags.found.count("img") == (2 if name == "strips" else 0)

@@ -9,6 +9,7 @@ __all__ = ['layers', 'DataInf', 'LiSSA']
 import torch
 
 from .first_order import mean_gradients, mean_query_gradients
+from ..checks import finite, whole
 from ..store import Store
 
 # %% ../../nbs/baselines/03_second_order.ipynb #58a0143d
@@ -30,7 +31,7 @@ class _Layered:
     """
 
     def __init__(self, store: Store, damping: float, weights):
-        if not damping > 0: raise ValueError(f"damping={damping}: a positive number is needed, such as 0.1")
+        damping = finite("damping", damping, above=0)
         self.store, self.weights, rows = store, weights, mean_gradients(store, weights)
         self._layers, self._train = layers(store), rows
         self._damping = [damping * rows[:, l].double().square().mean().item() or 1.0 for l in self._layers]   # a layer without any gradient adds nothing
@@ -70,9 +71,8 @@ class LiSSA(_Layered):
     name = "LiSSA"
 
     def __init__(self, store: Store, damping: float = .1, steps: int = 100, weights=None):
-        if steps < 1: raise ValueError(f"steps={steps}: at least one is needed")
+        self.steps = whole("steps", steps)
         super().__init__(store, damping, weights)
-        self.steps = steps
 
     def _layer(self, q, train, damping):
         n = len(train)

@@ -9,21 +9,22 @@ __all__ = ['random_subsets', 'Retrained', 'lds_per_query', 'ceiling_per_query', 
 # %% ../../nbs/evaluation/03_lds.ipynb #6264ddaa
 import hashlib
 import json
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import safe_open
 from scipy.stats import rankdata
-from tqdm import tqdm
 
+from ..bars import bar
+from ..checks import absolute_folder
 from ..collect import _processes
 from .results import Interval, html_table, shown_path, text_table
+from ..files import read_json, read_tensors, remove_leftovers, storing, write_atomically, write_tensors
 from ..schedule import noise_schedule, training_scheduler
-from ..store import write_atomically
 
 # %% ../../nbs/evaluation/03_lds.ipynb #eb1d519d
 def random_subsets(
@@ -44,27 +45,28 @@ class Retrained:
     """Outputs of models trained on some of the samples, in a folder. `outputs` reads them, `build` trains what is missing.
 
     `about` is what the outputs depend on beside the samples and the seed: the recipe, the queries, the data set. Raises `ValueError` when the folder was made with another, naming what differs, and for
-    a file that cannot be read.
+    a file that is damaged: each is checked against its checksum when it is first opened.
     """
 
-    def __init__(self, folder: "str | Path", about: Mapping):
-        self.folder, self._files, self._where = Path(folder), {}, {}
+    def __init__(self, folder: str | Path, about: Mapping):
+        self.folder, self._files, self._where = absolute_folder(folder), {}, {}
         about, path = json.loads(json.dumps(about)), self.folder / "about.json"
         if path.exists():
-            then = json.loads(path.read_text())
+            then = read_json(path, {}, "restore it from a copy, or choose another folder")
             if words := [f"{k} was {then.get(k)!r} and is {about.get(k)!r}" for k in {**then, **about} if then.get(k) != about.get(k)]:
-                raise ValueError(f"{shown_path(self.folder)} holds outputs of other models: {'; '.join(words)}. Choose another folder, or pass the same")
+                raise ValueError(f"{shown_path(self.folder)} holds outputs of other models: {'; '.join(words)}. Choose another"
+                                 " folder, or pass the same")
         else:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            with storing(self.folder): self.folder.mkdir(parents=True, exist_ok=True)
             write_atomically(path, lambda temporary: temporary.write_text(json.dumps(about, indent=1) + "\n"))
 
     def _refresh(self):
         for path in sorted(self.folder.glob("*.safetensors")):
             if path.name in self._files: continue
-            try:
-                with safe_open(path, "pt") as f: self._files[path.name], names = path, list(f.keys())
-            except (SafetensorError, OSError) as e: raise ValueError(f"{path} cannot be read ({e}): remove it, and its models are trained again") from e
-            self._where |= {name: path for name in names}
+            tensors, about = read_tensors(path, "remove it, and its models are trained again")
+            if not about: warnings.warn(f"{shown_path(path)} has no checksum, as an older dmin wrote it: pack() adds one", stacklevel=3)
+            self._files[path.name] = path
+            self._where |= {name: path for name in tensors}
 
     def missing(self, masks: torch.Tensor, seeds: Sequence[int] = (0,)) -> list[tuple[int, int]]:
         """Pairs (row of `masks`, seed) that are not there yet."""
@@ -81,10 +83,11 @@ class Retrained:
         wanted = {_key(masks[m], seed): (m, seed) for m, seed in self.missing(masks, seeds)}   # the same samples may be asked for twice
         processes.wait_for_everyone()   # nobody writes before all have looked
         mine = list(wanted.items())[processes.process_index::processes.num_processes]
-        for key, (m, seed) in tqdm(mine, "retraining", unit="model", disable=not (progress and mine) or processes.process_index > 0):
+        if processes.process_index == 0: remove_leftovers(self.folder)
+        for key, (m, seed) in bar(mine, "retraining", unit="model", disable=not (progress and mine) or processes.process_index > 0):
             tensors = {f"{key}/{name}": x.contiguous() for name, x in retrain(masks[m].nonzero().flatten(), seed).items()}
             if bad := [name for name, x in tensors.items() if not x.isfinite().all()]: raise FloatingPointError(f"{bad[0]} of the model of subset {m}, seed {seed} is not finite")
-            write_atomically(self.folder / f"model-{key}.safetensors", lambda temporary: save_file(tensors, temporary))
+            write_tensors(self.folder / f"model-{key}.safetensors", tensors)
         processes.wait_for_everyone()
         return self
 
@@ -106,7 +109,7 @@ class Retrained:
         tensors, singles = {}, [path for path in self._files.values() if path.name != "models.safetensors"]
         for path in {*self._where.values()}:
             with safe_open(path, "pt") as f: tensors |= {name: f.get_tensor(name) for name in f.keys()}
-        write_atomically(target := self.folder / "models.safetensors", lambda temporary: save_file(dict(sorted(tensors.items())), temporary))
+        write_tensors(target := self.folder / "models.safetensors", tensors)
         for path in singles: path.unlink()
         self._files, self._where = {}, {}
         return target

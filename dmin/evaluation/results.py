@@ -21,11 +21,11 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from tqdm import tqdm
 
+from ..bars import bar
 from ..data import data_folder
+from ..files import write_atomically
 from ..presets import preset
-from ..store import write_atomically
 
 # %% ../../nbs/evaluation/01_results.ipynb #5ea5ef3c
 def _processor():
@@ -124,7 +124,7 @@ def time_in_turn(
 ) -> dict[str, list[float]]:                         # name -> seconds of each round
     """Runs the alternatives in turn, `rounds` times. On a GPU each run ends when the GPU has finished."""
     seconds = {name: [] for name in alternatives}
-    for i in tqdm(range(warm_up + rounds), desc="timing", unit="round", disable=not progress):
+    for i in bar(range(warm_up + rounds), desc="timing", unit="round", disable=not progress):
         for name, run in alternatives.items():
             start = time.perf_counter()
             run()

@@ -18,9 +18,11 @@ import torch
 from datasets import Dataset, concatenate_datasets
 from diffusers import DDPMPipeline
 
+from ..checks import absolute_folder, whole
 from ..collect import _processes
 from ..data import data_folder, load_images, sample_ids
 from .lds import Retrained, elbo_weights, random_subsets
+from ..files import write_atomically, write_folder
 from ..objective import draw_noise, make_objective
 from ..pipelines import generate, load_pipeline
 from ..tiny import tiny_ddpm
@@ -63,7 +65,8 @@ class _Data:
     "The benchmark's images, queries and models trained on all of them, in a folder."
 
     def __init__(self, folder: "str | Path | None" = None, recipe: Recipe = Recipe(), halves: int = 32, other_halves: int = 32, seeds: int = 2):
-        self.folder, self.recipe, self.seeds = Path(folder or data_folder() / "digits_benchmark"), recipe, tuple(range(seeds))
+        self.folder = absolute_folder(folder or data_folder() / "digits_benchmark")
+        self.recipe, self.seeds = recipe, tuple(range(whole("seeds", seeds)))
         self.halves = random_subsets(recipe.samples, halves, seed=1)               # judge: each trained with every seed
         self.other_halves = random_subsets(recipe.samples, other_halves, seed=2)   # for retraining methods: one seed each
 
@@ -145,11 +148,12 @@ class _Models(_Data):
             def keep(pipe):
                 def at(step, loss):
                     for name, when in (("early", r.steps // 3), ("middle", 2 * r.steps // 3)):
-                        if seed == 0 and step + 1 == when: pipe.save_pretrained(self.folder / f"seed-0-{name}")
+                        if seed == 0 and step + 1 == when: write_folder(self.folder / f"seed-0-{name}", pipe.save_pretrained)
                 return at
             with _one_thread(): pipe, log = self._train(range(r.samples), seed, keep)
             if seed == 0:
-                with _one_thread(): generate(pipe, r.queries, steps=r.sampler_steps, progress=False).to_parquet(self.folder / "generated.parquet")
+                with _one_thread(): generated = generate(pipe, r.queries, steps=r.sampler_steps, progress=False)
+                write_atomically(self.folder / "generated.parquet", lambda path: generated.to_parquet(path))
             save_trained(pipe, self.folder / f"seed-{seed}", log)
 
 # %% ../../nbs/evaluation/07_retraining_benchmark.ipynb #a6abb3a2

@@ -1,0 +1,103 @@
+"""Outputs of retrained models: damage is noticed, nothing is lost, and what a kill left does not stay."""
+import os
+import random
+import time
+import warnings
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from dmin.data import data_folder
+from dmin.evaluation.lds import Retrained, random_subsets
+from dmin.evaluation.retraining_benchmark import Recipe, RetrainingBenchmark
+
+MASKS = random_subsets(20, 4)
+
+
+def retrain(rows, seed): return {"losses": torch.randn(3, 2, generator=torch.Generator().manual_seed(int(rows.sum()) + seed)), "images": torch.zeros(3, 4, 4, dtype=torch.uint8)}
+
+
+@pytest.fixture
+def built(tmp_path): return Retrained(tmp_path / "outputs", {"recipe": 1}).build(MASKS, retrain, progress=False)
+
+
+def again(built): return Retrained(built.folder, {"recipe": 1})
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["single files", "packed"])
+def test_any_flipped_bit_is_refused_or_reads_the_same(built, packed):
+    if packed: built.pack()
+    good, draw = again(built).outputs(MASKS), random.Random(0)
+    path = sorted(built.folder.glob("*.safetensors"))[0]
+    whole, refused = path.read_bytes(), 0
+    for _ in range(80):
+        damaged = bytearray(whole)
+        damaged[draw.randrange(len(whole))] ^= 1 << draw.randrange(8)
+        path.write_bytes(damaged)
+        try:
+            with warnings.catch_warnings(record=True): found = again(built).outputs(MASKS)
+        except ValueError as e:
+            refused += 1
+            assert path.name in str(e) and "trained again" in str(e) or "no output" in str(e) or "are not in" in str(e)
+        else: assert torch.equal(found, good)   # the bit was one of those that say nothing
+    assert refused >= 60
+    path.write_bytes(whole)
+    assert torch.equal(again(built).outputs(MASKS), good)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1]", "null"])
+def test_a_description_that_was_cut_short(built, text):
+    (built.folder / "about.json").write_text(text)
+    with pytest.raises(ValueError, match="about.json.*(cannot be read|holds a).*restore it"): again(built)
+
+
+def test_outputs_of_an_older_version_are_read_and_get_a_checksum(built):
+    good = again(built).outputs(MASKS)
+    for path in built.folder.glob("*.safetensors"): save_file(load_file(path), path)
+    with pytest.warns(UserWarning, match=r"has no checksum.*pack\(\) adds one"): old = again(built).outputs(MASKS)
+    assert torch.equal(old, good)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        again(built).pack()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(again(built).outputs(MASKS), good)
+    assert [p.name for p in built.folder.glob("*.safetensors")] == ["models.safetensors"]
+
+
+def test_the_shipped_outputs_have_a_checksum():
+    from dmin.files import read_tensors
+    tensors, about = read_tensors(data_folder() / "digits_benchmark" / "outputs" / "models.safetensors", "")
+    assert about["sha256"] and len(tensors) == 354
+
+
+def test_a_relative_folder_stays_where_it_was(tmp_path, monkeypatch):
+    (tmp_path / "a").mkdir(), (tmp_path / "b").mkdir()
+    monkeypatch.chdir(tmp_path / "a")
+    retrained = Retrained("outputs", {})
+    monkeypatch.chdir(tmp_path / "b")
+    retrained.build(MASKS[:1], retrain, progress=False)
+    assert len(list((tmp_path / "a" / "outputs").glob("model-*"))) == 1 and not list((tmp_path / "b").iterdir())
+
+
+def test_what_a_kill_left_is_removed(built):
+    left = built.folder / ".model-0011-0.safetensors.00112233aabbccdd.tmp"
+    left.write_bytes(b"half"), os.utime(left, (time.time() - 60,) * 2)
+    theirs = built.folder / ".~lock.model.tmp"
+    theirs.write_bytes(b"theirs"), os.utime(theirs, (0, 0))
+    built.build(MASKS, retrain, progress=False)
+    assert not left.exists() and theirs.exists()
+
+
+def test_a_benchmarks_models_appear_whole(tmp_path, monkeypatch):
+    """A disk that fills while a model is saved leaves no half of one."""
+    recipe = Recipe(samples=12, steps=3, batch_size=4, queries=2, sampler_steps=2, timesteps=2, noises=1)
+    benchmark = RetrainingBenchmark(tmp_path / "b", recipe, 1, 1, 1)
+    (tmp_path / "b").mkdir()
+    def full(self, folder, **_):
+        (folder / "config.json").write_text("half")
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr("diffusers.DDPMPipeline.save_pretrained", full)
+    with pytest.raises(OSError, match="seed-0-early.*Is the disk full"): benchmark.build_models()
+    assert list((tmp_path / "b").iterdir()) == []
