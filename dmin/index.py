@@ -86,7 +86,7 @@ def build_index(
     threads: int = -1,             # 1: the same graph every time; -1: all cores
     progress: bool = True,         # show a bar
 ) -> Index:
-    """Builds the index and saves it in the store's folder, as `index.hnsw` and `index.json`.
+    """Builds the index and saves it in the store's folder: `index.json`, and the graph that it names.
 
     Raises `ValueError` when the store is incomplete or a parameter makes no sense, `OSError` when the disk is full.
     """
