@@ -130,7 +130,7 @@ def _save(folder, graph: hnswlib.Index, about: dict) -> None:
         graph.save_index(str(temporary))   # does not notice a full disk
         if temporary.stat().st_size != graph.index_file_size(): raise OSError(errno.ENOSPC, "the index was not written whole")
     write_atomically(path, save)
-    about |= {"file": path.name, "sha256": _checksum(path)}
+    about |= {"file": path.name, "bytes": path.stat().st_size, "sha256": _checksum(path)}
     about["checksum"] = _own_checksum(about)
     write_atomically(folder / "index.json", lambda p: p.write_text(json.dumps(about)))
     for old in folder.glob("index*.hnsw"):

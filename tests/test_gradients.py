@@ -165,7 +165,7 @@ def test_memory_is_given_back(pipe):
     def fails(): raise ZeroDivisionError if loss() is not None else None
     def kept():
         gc.collect()
-        return sum(isinstance(o, _Call) for o in gc.get_objects())
+        return sum(type(o) is _Call for o in gc.get_objects())   # isinstance would touch deprecated objects
     with PerSampleGradients(pipe.unet, dict(pipe.unet.named_parameters()), Compressor(64)) as g:
         for _ in range(5): g(loss, 2)
         assert kept() == 0

@@ -13,7 +13,7 @@ from dmin.tiny import train_tokenizer
 
 
 @pytest.fixture(scope="module")
-def mixture(): return load_mixture("mini").select(range(4))
+def mixture(): return load_mixture("mini", size=32).select(range(4))
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +40,7 @@ def test_fused_and_disabled_adapters(family, tokenizer, mixture, tmp_path):
     assert len(before) == 16
 
 
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config`")   # peft's, of a second adapter
 def test_adapters_that_are_not_in_use_do_not_count(tokenizer, mixture):
     pipe = small("sd", tokenizer, lora=True)
     pipe.unet.add_adapter(LoraConfig(r=2, target_modules=["to_k"]), adapter_name="other")
@@ -102,6 +103,7 @@ def test_prompts_that_are_cut(mixture):
     with pytest.warns(UserWarning, match="3 of 20 prompts are longer"): objective.check(many)
 
 
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config`")
 def test_gradients_of_active_adapters_equal_autograd(tokenizer, mixture):
     """Two adapters in use, one of them alone counted through patterns."""
     from conftest import one_by_one

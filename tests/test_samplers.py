@@ -29,7 +29,7 @@ FLOWS = {
 
 
 @pytest.fixture(scope="module")
-def mixture(): return load_mixture("mini").select(range(4))
+def mixture(): return load_mixture("mini", size=32).select(range(4))
 
 
 @pytest.fixture(scope="module")

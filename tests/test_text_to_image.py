@@ -23,7 +23,7 @@ from dmin.training import train
 
 
 @pytest.fixture(scope="session")
-def mixture(): return load_mixture("mini").select(range(12))
+def mixture(): return load_mixture("mini", size=32).select(range(12))   # the size of the small models
 
 
 @pytest.fixture(scope="session")
@@ -115,7 +115,7 @@ def test_sd_loss_is_the_training_scripts(tokenizer, mixture):
     pipe = small("sd", tokenizer)
     objective, rows = make_objective(pipe), mixture.select(range(2))
     with torch.no_grad():
-        pixels = torch.stack([torch.from_numpy(np.asarray(x.convert("RGB").resize((32, 32), 2))).permute(2, 0, 1) / 127.5 - 1 for x in rows["image"]])
+        pixels = torch.stack([torch.from_numpy(np.array(x.convert("RGB").resize((32, 32), 2))).permute(2, 0, 1) / 127.5 - 1 for x in rows["image"]])
         z0 = pipe.vae.encode(pixels).latent_dist.mean * pipe.vae.config.scaling_factor
         ids = pipe.tokenizer(list(rows["prompt"]), padding="max_length", truncation=True, return_tensors="pt").input_ids
         alpha, eps = pipe.scheduler.alphas_cumprod[400], torch.randn(2, *objective.shape)
@@ -150,11 +150,11 @@ def test_test_prompts_keep_their_subset(tokenizer):
 def test_a_region_of_everything_is_the_whole(tokenizer, mixture, tmp_path):
     store = collect(small("sd3", tokenizer, lora=True), mixture, tmp_path, timesteps=2, v=64, progress=False)
     query = mixture.select([0])
-    whole, all_of_it, corner = (store.influence(query, region=r).values for r in (None, (0, 0, 64, 64), (0, 0, 16, 16)))
+    whole, all_of_it, corner = (store.influence(query, region=r).values for r in (None, (0, 0, 32, 32), (0, 0, 8, 8)))
     assert torch.allclose(whole, all_of_it, rtol=1e-4) and not torch.allclose(whole, corner, rtol=1e-2)
-    mask = np.zeros((64, 64)); mask[:16, :16] = 1
+    mask = np.zeros((32, 32)); mask[:8, :8] = 1
     assert torch.allclose(store.influence(query, region=mask).values, corner, rtol=1e-4)
-    for bad, said in [((0, 0, 65, 10), "not a box"), (np.zeros((64, 64)), "is empty"), ("left", "give a box"), ((0., 0., .5, 1.), "in pixels"), (np.ones((3, 3)), "expected (64, 64)"), ([(0, 0, 1, 1)] * 2, "2 regions for 1")]:
+    for bad, said in [((0, 0, 33, 10), "not a box"), (np.zeros((32, 32)), "is empty"), ("left", "give a box"), ((0., 0., .5, 1.), "in pixels"), (np.ones((3, 3)), "expected (32, 32)"), ([(0, 0, 1, 1)] * 2, "2 regions for 1")]:
         with pytest.raises(ValueError) as e: store.influence(query, region=bad)
         assert said in str(e.value)
 
