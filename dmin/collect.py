@@ -53,6 +53,7 @@ def _fill(store, batch_size, progress, processes):
             store.write(rows, *_compute(store, store.samples, rows, batch_size, verify=i == 0)[:3])
             shown.update(len(rows))
     processes.wait_for_everyone()
+    if rank == 0: remove_leftovers(store.folder)   # again: those of a process that was killed just before were too young
     if n > 1: store.refresh()
     return store
 
@@ -102,13 +103,18 @@ def _make_room(folder: Path, manifest: Manifest) -> None:
     if differences(store.manifest, manifest) and len(store.missing()) == len(store): store.replace_manifest(manifest)
 
 # %% ../nbs/10_collect.ipynb #1e11add8
-def _watch_columns(store: Store, samples) -> None:
-    """Notes what `label` and `subset` are, or warns when they are no longer what was noted."""
+def _note_columns(store: Store, samples) -> None:
+    """Notes what `label` and `subset` are, where that was not done yet."""
     path = store.folder / "columns.json"
-    if not path.exists():
-        note = {"samples": len(samples), "digests": column_digests(samples)}
-        if int(os.environ.get("RANK", 0)) == 0: write_atomically(path, lambda p: p.write_text(json.dumps(note)))
-        return
+    if path.exists() or _processes().process_index: return
+    note = {"samples": len(samples), "digests": column_digests(samples)}
+    write_atomically(path, lambda p: p.write_text(json.dumps(note)))
+
+
+def _watch_columns(store: Store, samples) -> None:
+    """Warns when `label` or `subset` are no longer what was noted."""
+    path = store.folder / "columns.json"
+    if not path.exists(): return
     note = read_json(path, {"samples": int, "digests": dict}, "remove it: it only tells when labels have changed")
     if note["samples"] > len(samples): return
     now = column_digests(samples, note["samples"])
@@ -158,6 +164,7 @@ def collect(
         raise ValueError(f"{folder} holds a store of another recipe: " + "; ".join(words) + ". Choose another folder or pass the"
                          " same arguments" + _about_samples(store.manifest.sample_ids, manifest.sample_ids))
     store.objective, store.samples = objective, samples
+    _note_columns(store, samples)
     _watch_columns(store, samples)
     return _fill(store, batch_size, progress, processes)
 

@@ -368,6 +368,8 @@ def _sample_id(image: Image.Image, prompt: str | None, name: str = "a row") -> s
     if image is None:
         raise ValueError(f"{name} has no image (None): drop such rows,"
                          " data_set.filter(lambda row: row['image'] is not None)")
+    if prompt is not None and not isinstance(prompt, str):
+        raise ValueError(f"the prompt of {name} is {prompt!r}, not a string: give it one, or drop such rows")
     digest = hashlib.blake2b(f"{image.mode} {image.width} {image.height} ".encode(), digest_size=8)
     digest.update(image.tobytes())
     if prompt is not None: digest.update(b"prompt" + prompt.encode())
@@ -388,6 +390,6 @@ def column_digests(
         if column not in samples.column_names: continue
         values, feature = samples.select_columns([column])[:][column], samples.features[column]
         if isinstance(feature, ClassLabel):   # -1 and None: without a label
-            values = [v if v is None or v < 0 else feature.names[v] for v in values]
+            values = [feature.names[v] if v is not None and 0 <= v < len(feature.names) else v for v in values]
         digests[column] = hashlib.sha256(json.dumps(values, default=str).encode()).hexdigest()[:16]
     return digests

@@ -345,13 +345,14 @@ class _Asked(NamedTuple):
     steps: torch.Tensor                # (T,)
     seed: int
     noises: int
+    eps: torch.Tensor | None           # (T, noises, *shape) the noise, where all of it fits into a pass
 
     def once(self, gradients, pair: torch.Tensor, draws: range, verify: bool):
         """Compressed gradients, norms and losses of pairs, numbered sample by sample, over some draws of noise: one pass."""
         i, k = pair // len(self.steps), pair % len(self.steps)
         rows = {name: x[i].repeat_interleave(len(draws), 0) for name, x in self.encoded.items()}
-        used, place = k.unique(return_inverse=True)
-        eps = self.objective.draw_noise(self.steps[used].tolist(), self.seed, draws).to(pair.device)[place].flatten(0, 1)
+        if self.eps is not None: eps = self.eps[k].flatten(0, 1)
+        else: eps = self.objective.draw_noise(self.steps[k].tolist(), self.seed, draws).to(pair.device).flatten(0, 1)
         t = self.steps[k].repeat_interleave(len(draws))
         def loss(): return self.objective.loss(rows, t, eps)
         compressed, norms, losses = gradients(loss, len(pair))
@@ -399,7 +400,8 @@ def sample_gradients(
         weights = [region_weight(r, x["image"], objective.shape) for r, x in zip(regions, samples, strict=True)]
         encoded["weight"] = torch.stack(weights).to(device)
     found = Gradients(torch.empty(n * T, compressor.v), torch.empty(n * T), torch.empty(n * T))
-    ask = _Asked(objective, encoded, steps, seed, noises)
+    eps = objective.draw_noise(timesteps, seed, noises).to(device) if noises <= batch_size else None
+    ask = _Asked(objective, encoded, steps, seed, noises, eps)
     pairs, inner = range(0, n * T, max(1, batch_size // noises)), compressor
     if noises > batch_size: inner = NoCompression(sum(p.numel() for p in objective.parameters.values()))
     with PerSampleGradients(objective.model, objective.parameters, inner) as gradients:

@@ -8,6 +8,7 @@ __all__ = ['SUBSETS', 'AUTHORS', 'SIZES', 'FEATURES', 'NOISES', 'Subset', 'add_n
 
 # %% ../nbs/02_mixture.ipynb #7eadd789
 from collections.abc import Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,9 +55,20 @@ AUTHORS = "huaweilin/DMin_mixed_datasets_8846"   # the authors' own pool, split,
 SIZES = {"mini": 64, "paper": 512, "authors": 512}   # height and width of the images
 
 # %% ../nbs/02_mixture.ipynb #99f13632
+@contextmanager
+def _quiet_bars(quiet: bool = True):
+    """While open, `datasets` shows no bars, if `quiet`: what takes a moment needs none."""
+    shown = quiet and not are_progress_bars_disabled()
+    if shown: disable_progress_bars()
+    try: yield
+    finally:
+        if shown: enable_progress_bars()
+
+
 def _read(subset: Subset, source: Path | None) -> Dataset:
     """All rows of a set: from the package's data, from the Hub, or from the folder `source`/<Hub id>."""
-    if subset.where.endswith(".parquet"): return Dataset.from_parquet(str(data_folder() / subset.where), keep_in_memory=True)
+    if subset.where.endswith(".parquet"):
+        with _quiet_bars(): return Dataset.from_parquet(str(data_folder() / subset.where), keep_in_memory=True)
     if source is not None and not (source / subset.where).is_dir():
         raise FileNotFoundError(f"{source / subset.where} is not a folder: source= must hold one for each set, named by its Hub id")
     where = str(subset.where if source is None else source / subset.where)
@@ -94,11 +106,8 @@ def _pool(name: str, subset: Subset, ds: Dataset, size: int | tuple[int, int] | 
 
 def _map(ds: Dataset, row, about: str) -> Dataset:
     """Every row `(row, i)` made anew, in the mixture's columns; with a bar only where it takes long."""
-    shown = not are_progress_bars_disabled()
-    if shown and len(ds) < 2000: disable_progress_bars()
-    try: return ds.map(row, with_indices=True, remove_columns=[c for c in ds.column_names if c not in FEATURES], features=FEATURES, desc=about)
-    finally:
-        if shown: enable_progress_bars()
+    columns = [c for c in ds.column_names if c not in FEATURES]
+    with _quiet_bars(len(ds) < 2000): return ds.map(row, with_indices=True, remove_columns=columns, features=FEATURES, desc=about)
 
 # %% ../nbs/02_mixture.ipynb #1af20072
 def _gaussian(pixels, strength, rng): return pixels + strength * rng.standard_normal(pixels.shape)

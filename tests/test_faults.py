@@ -511,3 +511,15 @@ def test_html_is_escaped(store, tmp_path):
     scores = s.influence(rows.select([0]))
     for page in (scores._repr_html_(), (scores.top(2) + scores.bottom(2))._repr_html_(), Store(s.folder).influence(s.query_gradients(rows.select([0]))).top(2)._repr_html_()):
         assert "<script" not in page and "<img src=x" not in page
+
+
+def test_a_store_that_may_only_be_read_opens(store, pipe, digits):
+    """One of an older version, too, which has no note of its labels."""
+    (store.folder / "columns.json").unlink()
+    let_others_in(store.folder)
+    store.folder.chmod(0o555)
+    try:
+        with as_nobody(): assert open_store(store.folder, pipe, digits.select(range(12))).missing() == []
+    finally: store.folder.chmod(0o755)
+    collect(pipe, digits.select(range(12)), store.folder, **RECIPE)
+    assert (store.folder / "columns.json").exists()

@@ -304,8 +304,9 @@ def test_a_long_prompt_is_cut_and_said(tokenizer, mixture, tmp_path):
     assert store.missing() == []
 
 
-def test_images_of_other_sizes_are_resized_and_said_once(tokenizer, mixture, tmp_path):
-    with pytest.warns(UserWarning, match="resized to 32×32") as said: collect(small("sd", tokenizer), mixture, tmp_path, v=16, timesteps=1, shard_size=2, progress=False)
+def test_images_of_other_sizes_are_resized_and_said_once(tokenizer, tmp_path):
+    larger = load_mixture("mini").select(range(12))
+    with pytest.warns(UserWarning, match="resized to 32×32") as said: collect(small("sd", tokenizer), larger, tmp_path, v=16, timesteps=1, shard_size=2, progress=False)
     assert len([w for w in said if "resized" in str(w.message)]) == 1
 
 
