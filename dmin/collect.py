@@ -72,7 +72,9 @@ def _timesteps(objective, timesteps, spacing):
 
 
 def _timestep(t) -> int:
-    try: return operator.index(t)
+    try:
+        if isinstance(t, bool): raise TypeError
+        return operator.index(t)
     except TypeError as e: raise ValueError(f"timesteps hold {t!r}: whole numbers are needed") from e
 
 
@@ -100,7 +102,7 @@ def _make_room(folder: Path, manifest: Manifest) -> None:
             if not (folder / "manifest.json").exists(): raise   # else another process has made it meanwhile
         return
     store = Store(folder, verify=False)
-    if differences(store.manifest, manifest) and len(store.missing()) == len(store): store.replace_manifest(manifest)
+    if differences(store.manifest, manifest) and len(store.missing()) == len(store): store.restart(manifest)
 
 # %% ../nbs/10_collect.ipynb #1e11add8
 def _note_columns(store: Store, samples) -> None:
@@ -115,10 +117,11 @@ def _watch_columns(store: Store, samples) -> None:
     """Warns when `label` or `subset` are no longer what was noted."""
     path = store.folder / "columns.json"
     if not path.exists(): return
-    note = read_json(path, {"samples": int, "digests": dict}, "remove it: it only tells when labels have changed")
-    if note["samples"] > len(samples): return
+    try: note = read_json(path, {"samples": int, "digests": dict}, "remove it: it only tells when labels have changed")
+    except ValueError as e: return warnings.warn(str(e), stacklevel=3)
+    if not 0 <= note["samples"] <= len(samples): return
     now = column_digests(samples, note["samples"])
-    changed = [c for c in note["digests"] if now.get(c) != note["digests"][c]]
+    changed = [c for c in note["digests"] if c in now and now[c] != note["digests"][c]]
     if changed: warnings.warn(f"{' and '.join(changed)} of the samples are not what they were when {store.folder} was collected: scores"
                               " do not depend on them, but what is shown and detection rates do", stacklevel=3)
 
@@ -206,7 +209,10 @@ def _with_classes_of(new, known):
         numbers = [_class_number(x, i, name, kind) for i, x in enumerate(values)]
         if own != kind: new = new.remove_columns(name).add_column(name, numbers)
     new = new.select_columns(known.column_names)
-    return new if new.features == known.features else new.cast(known.features)
+    if new.features == known.features: return new
+    try: return new.cast(known.features)
+    except (ValueError, TypeError, NotImplementedError) as e:
+        raise ValueError(f"the new samples' columns {new.features} cannot become the store's {known.features}: {e}") from e
 
 
 def _class_number(x, i: int, column: str, kind: ClassLabel) -> int | None:
@@ -234,8 +240,10 @@ def add(
     batch_size = whole("batch_size", batch_size)
     one_of("duplicates", duplicates, ("warn", "skip"))
     new, known = _with_classes_of(as_samples(samples), store.samples), len(store.samples)
-    ids, before = sample_ids(new, "new sample"), set(store.manifest.sample_ids[:known])
-    again = [i for i, x in enumerate(ids) if x in before]
+    ids, seen, again = sample_ids(new, "new sample"), set(store.manifest.sample_ids[:known]), []
+    for i, x in enumerate(ids):
+        if x in seen: again.append(i)
+        seen.add(x)
     if again and duplicates == "skip":
         new = new.select(left := [i for i in range(len(ids)) if i not in set(again)])
         ids, again = [ids[i] for i in left], []

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['IMAGE_SETS', 'data_folder', 'ImageSet', 'to_rgb', 'load_images', 'as_samples', 'images_to_tensor', 'tensor_to_images',
-           'sample_ids', 'column_digests']
+           'sample_ids', 'read_images', 'column_digests']
 
 # %% ../nbs/00_data.ipynb #960145a7
 import hashlib
@@ -24,7 +24,7 @@ from datasets import Image as ImageFeature
 from PIL import ExifTags, Image, ImageOps
 
 from .bars import bar
-from .checks import whole
+from .checks import absolute_folder, whole
 
 # %% ../nbs/00_data.ipynb #60250ce4
 def data_folder() -> Path:
@@ -98,7 +98,7 @@ def _rename(ds: Dataset, kind: ImageSet, where: str) -> Dataset:
 
 # %% ../nbs/00_data.ipynb #c9ff3b6b
 def _from_hub(kind: ImageSet, split: str, source: str | Path | None) -> Dataset:
-    if source is not None and not Path(source).is_dir(): raise FileNotFoundError(f"source={str(source)!r} is not a folder")
+    if source is not None and not absolute_folder(source, "source").is_dir(): raise FileNotFoundError(f"source={str(source)!r} is not a folder")
     where = str(source or kind.hub)
     try: ds = load_dataset(where, split=split)
     except OSError as e:  # ConnectionError, offline mode, not found
@@ -286,7 +286,7 @@ def as_samples(
                          " reading: apply it for good with ds.map(…), or go without it with ds.reset_format()")
     if x.format["type"]: x = x.with_format(None)   # tensors of another library instead of images
     if "image" not in x.column_names: raise ValueError(f"the data set has no column 'image'; its columns are {', '.join(x.column_names)}")
-    if not isinstance(x.features["image"], ImageFeature):
+    if not isinstance(x.features["image"], ImageFeature) or not x.features["image"].decode:
         try: x = x.cast_column("image", ImageFeature())
         except Exception as e: raise TypeError(f"the column 'image' holds {x.features['image']}, not images") from e
     return x
@@ -362,6 +362,15 @@ def sample_ids(
         with _reading(f"{name} {i}"): row = next(rows)
         ids.append(_sample_id(row["image"], row.get("prompt"), f"{name} {i}"))
     return ids
+
+
+def read_images(samples: Dataset, name: str = "sample") -> list[Image.Image]:
+    """The images of a data set. Raises `ValueError` for one that cannot be read: which one, and the way out."""
+    rows, found = iter(samples.select_columns(["image"])), []
+    for i in range(len(samples)):
+        with _reading(f"{name} {i}"): found.append(next(rows)["image"])
+        if found[-1] is None: raise ValueError(f"{name} {i} has no image (None): drop such rows")
+    return found
 
 
 def _sample_id(image: Image.Image, prompt: str | None, name: str = "a row") -> str:

@@ -49,7 +49,7 @@ class Index:
         Raises `ValueError` when k is not between 1 and the number of samples, the queries do not fit the store, or the store has grown since.
         """
         weights = timestep_weights(weights, self.store.manifest.timesteps)
-        ef, k = whole("ef", ef), whole("k", k, most=self.about["samples"])
+        ef, k = whole("ef", ef, most=2**31 - 1), whole("k", k, most=self.about["samples"])
         samples = None if isinstance(queries, Gradients) else as_samples(queries)
         unit = query_vectors(self.store, queries if samples is None else query_gradients(self.store, samples))
         rows, scores = self._candidates(unit * weights[:, None], k, ef, rerank)
@@ -71,7 +71,7 @@ class Index:
 
     def recall(self, queries, k: int = 10, ef: int = 200, rerank: bool = False) -> float:
         """Share of the exact top-k that the index finds, mean over queries (`Gradients`, or what `search` takes)."""
-        ef, k = whole("ef", ef), whole("k", k, most=self.about["samples"])
+        ef, k = whole("ef", ef, most=2**31 - 1), whole("k", k, most=self.about["samples"])
         unit = query_vectors(self.store, queries if isinstance(queries, Gradients) else query_gradients(self.store, queries))
         exact = cosines(self.store, unit).sum(2).topk(k, 1).indices
         found, _ = self._candidates(unit, k, ef, rerank)
@@ -90,8 +90,8 @@ def build_index(
 
     Raises `ValueError` when the store is incomplete or a parameter makes no sense, `OSError` when the disk is full.
     """
-    M, ef_construction, seed = whole("M", M, 2), whole("ef_construction", ef_construction), whole_seed("seed", seed)
-    threads = whole("threads", threads, -1)
+    M, ef_construction, seed = whole("M", M, 2, 2**12), whole("ef_construction", ef_construction, most=2**31 - 1), whole_seed("seed", seed)
+    threads = whole("threads", threads, -1, 2**12)
     store.check_complete()
     about = _belongs_to(store) | {"M": M, "ef_construction": ef_construction, "seed": seed}
     graph = hnswlib.Index(space="ip", dim=about["dimension"])

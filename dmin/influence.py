@@ -150,6 +150,9 @@ def _caption(row, dataset):
 def query_vectors(store: Store, g: Gradients) -> torch.Tensor:   # (n_queries, T, v)
     """Queries' gradients, normalised, after a check that they fit the store. Raises `ValueError` when they were made by another recipe."""
     m = store.manifest
+    if g.compressed.ndim != 3 or g.norms.shape != g.compressed.shape[:2]:
+        raise ValueError(f"the queries have gradients of shape {tuple(g.compressed.shape)} and norms of {tuple(g.norms.shape)}: expected"
+                         " (n, T, v) and (n, T), as store.query_gradients computes them")
     if g.compressed.shape[1:] != (len(m.timesteps), m.width):
         raise ValueError(f"the queries have gradients of {g.compressed.shape[1]} timesteps × {g.compressed.shape[2]}, the store of "
                          f"{len(m.timesteps)} × {m.width}: compute them with store.query_gradients, which follows the store's recipe")
@@ -158,7 +161,7 @@ def query_vectors(store: Store, g: Gradients) -> torch.Tensor:   # (n_queries, T
                          "compute them with this store's query_gradients")
     if not (g.compressed.isfinite().all() and (g.norms > 0).all() and g.norms.isfinite().all()):
         raise ValueError("a query's gradient is not finite or has norm zero: it cannot be normalised")
-    return g.compressed / g.norms[..., None]
+    return (g.compressed / g.norms[..., None]).float()
 
 
 def influence(

@@ -18,7 +18,7 @@ from datasets import (Dataset, Features, Value, are_progress_bars_disabled, conc
 from datasets import Image as ImageFeature
 from PIL import Image
 
-from .checks import finite, whole, whole_seed
+from .checks import absolute_folder, finite, whole, whole_seed
 from .data import _fit, _pair, data_folder, to_rgb
 from .show import show_images
 
@@ -184,7 +184,7 @@ def build_mixture(
     if size is not None: _pair(size)   # this and the next two complain before hours of downloading
     add_noise(Image.new("RGB", (1, 1)), noise_kind, noise_strength)
     plan_mixture(1, noise, seed=seed)
-    read = {name: _checked(_read(s, source and Path(source)), name, s) for name, s in subsets.items()}
+    read = {name: _checked(_read(s, None if source is None else absolute_folder(source, "source")), name, s) for name, s in subsets.items()}
     firsts = np.cumsum([0, *map(len, read.values())])
     pool = concatenate_datasets([_pool(name, subsets[name], ds, size, int(first)) for (name, ds), first in zip(read.items(), firsts)])
     plan = plan_mixture(len(pool), noise, seed=seed)
@@ -216,7 +216,9 @@ def load_mixture(
 def _load_authors(split: str, *, size=SIZES["authors"], source=None) -> Dataset:
     if split not in ("train", "test"): raise ValueError(f"unknown split {split!r}: choose train or test")
     if size is not None: _pair(size)
-    where = AUTHORS if source is None else str(Path(source) / AUTHORS)
+    where = AUTHORS if source is None else str(absolute_folder(source, "source") / AUTHORS)
+    if source is not None and not Path(where).is_dir():
+        raise FileNotFoundError(f"{where} is not a folder: source= must hold a copy of the repository, named by its Hub id")
     try: ds = load_dataset(where, split=split)
     except OSError as e:
         raise ConnectionError(f"{where} cannot be fetched from the Hugging Face Hub ({type(e).__name__}). Without a network, load_mixture('mini') works") from e

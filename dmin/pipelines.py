@@ -125,9 +125,14 @@ def _dtype(dtype: torch.dtype | str | None) -> torch.dtype:
 def _device(device: str | torch.device | None) -> torch.device:
     """A device; by default this process's GPU if there is one. Raises `ValueError` for what is none."""
     if device is None: device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
-    try: return torch.device(device)
+    try: found = torch.device(device)
     except (RuntimeError, TypeError) as e:
         raise ValueError(f"device={device!r} is no device: give 'cpu', 'cuda' or 'cuda:1', …") from e
+    try: torch.ones(1, device=found).sum().item()
+    except (RuntimeError, AssertionError, NotImplementedError) as e:
+        raise ValueError(f"device={device!r} cannot compute here ({str(e).splitlines()[0][:100]}): give 'cpu', or a device that this"
+                         " machine has") from e
+    return found
 
 # %% ../nbs/13_pipelines.ipynb #9115c7ff
 def load_pipeline(
@@ -212,6 +217,9 @@ def _write_lora(pipe: DiffusionPipeline, folder: Path) -> None:
                          "pipe.save_pretrained(folder) saves a whole one")
     what = {}
     for kind, part in _adapted(pipe).items():
+        if len(part.peft_config) > 1:
+            raise ValueError(f"the pipeline's {kind} has the adapters {', '.join(part.peft_config)}, and a file holds one: keep that one,"
+                             " pipe.delete_adapters([…]) removes the others")
         name, config = next(iter(part.peft_config.items()))
         what[f"{kind}_lora_layers"] = _adapters(part, name)
         what[f"{kind}_lora_adapter_metadata"] = config.to_dict()

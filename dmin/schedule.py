@@ -19,7 +19,8 @@ from diffusers import DDPMScheduler, SchedulerMixin
 _DIFFUSION = ("beta_start", "beta_end", "beta_schedule", "prediction_type", "rescale_betas_zero_snr")
 _PREDICTIONS = ("epsilon", "sample", "v_prediction")
 _OTHER = {   # fields that change the training's noise levels in a way that is not written down here, and when they do
-    "snr_shift_scale": lambda x: x is not None, "use_dynamic_shifting": bool, "invert_sigmas": bool}
+    "snr_shift_scale": lambda x: x is not None, "use_dynamic_shifting": bool, "invert_sigmas": bool,
+    "timestep_type": lambda x: x == "continuous"}
 
 
 def training_settings(scheduler: SchedulerMixin) -> dict:
@@ -33,8 +34,8 @@ def training_settings(scheduler: SchedulerMixin) -> dict:
         if matters(config.get(field)): raise _unreadable(name, f"has {field}={config[field]!r}")
     flow = config.get("use_flow_sigmas") or config.get("prediction_type") == "flow_prediction"
     if flow or "beta_start" not in config: return _flow_settings(config, name)
-    if config.prediction_type not in _PREDICTIONS:
-        raise ValueError(f"prediction_type={config.prediction_type!r} of {name} is not supported: choose one of "
+    if (kind := config.get("prediction_type")) not in _PREDICTIONS:
+        raise ValueError(f"prediction_type={kind!r} of {name} is not supported: choose one of "
                          f"{', '.join(_PREDICTIONS)}, as the model was trained")
     betas = {"rescale_betas_zero_snr": False} | {k: config[k] for k in _DIFFUSION if config.get(k) is not None}
     if config.get("trained_betas") is not None:
@@ -98,6 +99,15 @@ def noise_schedule(scheduler: SchedulerMixin) -> NoiseSchedule:
 @lru_cache(8)
 def _schedule(settings: str, name: str) -> NoiseSchedule:
     settings = json.loads(settings)
+    found = _levels(settings, name)
+    right = all(x.isfinite().all() and (x >= 0).all() and (x <= 1).all() for x in (found.image, found.noise))
+    if not right or len(found) != settings["num_train_timesteps"] or not (found.noise > 0).all():
+        raise _unreadable(name, f"makes no noise levels between 0 and 1 for {settings['num_train_timesteps']} timesteps of"
+                                f" { {k: x for k, x in settings.items() if k != 'trained_betas'} }")
+    return found
+
+
+def _levels(settings: Mapping, name: str) -> NoiseSchedule:
     steps = torch.arange(settings["num_train_timesteps"], dtype=torch.float32)
     if "shift" in settings:
         s, shift = (steps + 1) / len(steps), settings["shift"]

@@ -22,6 +22,8 @@ from matplotlib.lines import Line2D
 from matplotlib.textpath import TextToPath
 from PIL import Image
 
+from .checks import whole
+
 # %% ../nbs/01_show.ipynb #40230259
 def _text_width(text: str, points: float) -> float:
     """In inches."""
@@ -101,6 +103,7 @@ def show_images(
     images = list(images)
     if not images: raise ValueError("there are no images to show")
     if titles is not None and len(titles) != len(images): raise ValueError(f"{len(images)} images and {len(titles)} titles")
+    columns = whole("columns", columns)
     side, gap, points = .8 * scale, .08, 7.5 * min(1, max(.8, scale))
     texts = [_wrap(str(t), side + gap / 2, points, 3) for t in titles or []]
     columns = min(columns, len(images))

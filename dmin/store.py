@@ -254,8 +254,21 @@ class _Manifested(_Files):
         """Puts another manifest in place, if nobody else did. Raises `ValueError` when it is not the one that was read."""
         with locked(self.folder, "changing the samples", seconds=30):
             self.check_manifest()
-            _write_manifest(self.folder, manifest)
-            self._state = _state(self.folder / "manifest.json")
+            self._put(manifest)
+
+    def restart(self, manifest: Manifest) -> bool:
+        """Another recipe in the place of this one, unless a sample is stored. Returns whether it was put there."""
+        with locked(self.folder, "changing the samples", seconds=30):
+            self.check_manifest()
+            if any(self.folder.glob("shard-*.safetensors")): return False
+            (self.folder / "columns.json").unlink(missing_ok=True)
+            self._put(manifest)
+        return True
+
+    def _put(self, manifest):
+        """Where the lock is held."""
+        _write_manifest(self.folder, manifest)
+        self._state = _state(self.folder / "manifest.json")
         self.manifest, self._fingerprint = manifest, manifest.fingerprint()
         present, n = torch.zeros(len(manifest.sample_ids), dtype=torch.bool), len(manifest.sample_ids)
         present[:len(self._present)] = self._present[:n]
@@ -335,12 +348,15 @@ class _Samples(_Rows):
 
         Whatever was stored of the samples before it stays. Raises `ValueError` when nothing would be left.
         """
-        if not (missing := self.missing()): return self
-        if not (kept := missing[0]):
-            raise ValueError(f"{self.folder} holds none of its first samples: collect again, or remove the folder")
-        self.check_manifest()
-        for name in [name for name, rows in sorted(self._rows.items()) if (rows >= kept).any()]: self._drop(name, kept)
-        self.replace_manifest(replace(self.manifest, sample_ids=self.manifest.sample_ids[:kept]))
+        with locked(self.folder, "changing the samples", seconds=30):
+            self.check_manifest()
+            self.refresh()   # what another process has written meanwhile
+            if not (missing := self.missing()): return self
+            if not (kept := missing[0]):
+                raise ValueError(f"{self.folder} holds none of its first samples: collect again, or remove the folder")
+            for name in [name for name, rows in sorted(self._rows.items()) if (rows >= kept).any()]: self._drop(name, kept)
+            (self.folder / "columns.json").unlink(missing_ok=True)   # it may tell of samples that go
+            self._put(replace(self.manifest, sample_ids=self.manifest.sample_ids[:kept]))
         if self.samples is not None: self.samples = self.samples.select(range(kept))
         return self
 

@@ -19,7 +19,7 @@ from transformers.utils import logging as transformers_logging
 
 from .checks import whole, whole_seed
 from .data import _fit, _pair, images_to_tensor, to_rgb
-from .objective import Objective, adapter_parameters, counted_parameters, draw_noise, register_objective
+from .objective import Objective, adapter_parameters, adapters_in_use, counted_parameters, draw_noise, register_objective
 
 # %% ../nbs/07_text_to_image.ipynb #0a5bad46
 def _check_prompts(samples, names=None) -> list[str]:
@@ -91,7 +91,7 @@ def _warn_if_resized(images, size: tuple[int, int], names) -> bool:
 def _check_text_adapters(pipe, network, parameters) -> None:
     """Warns of adapters on text encoders, which do not count; raises `ValueError` when there are no others."""
     names = [n for n in ("text_encoder", "text_encoder_2", "text_encoder_3") if getattr(pipe, n, None) is not None]
-    found = {n: adapter_parameters(getattr(pipe, n)) for n in names}
+    found = {n: adapters_in_use(getattr(pipe, n)) for n in names}
     apart = {n: sum(p.numel() for p in x.values()) for n, x in found.items() if x}
     if not apart or parameters is not None: return
     where, counted = " and ".join(apart), sum(p.numel() for p in adapter_parameters(network).values())

@@ -33,6 +33,7 @@ from .data import as_samples, data_folder, sample_ids
 from .files import damaged, locked, read_json, read_tensors, remove_leftovers, storing, write_folder, write_tensors
 from .objective import Objective, make_objective
 from .pipelines import PIPELINES, _locate, _write_lora, network
+from .schedule import training_settings
 from .text_to_image import quiet_libraries
 
 # %% ../nbs/14_training.ipynb #239cc7a0
@@ -191,7 +192,8 @@ def _digest(*parts: bytes) -> str:
 # %% ../nbs/14_training.ipynb #85c62cf2
 def _model_digest(objective: Objective) -> str:
     "Tells models, schedules and trained parameters apart, but not their weights; the same in every process."
-    public = [{k: str(v) for k, v in sorted(part.config.items()) if not k.startswith("_")} for part in (objective.model, objective.scheduler)]
+    config = {k: str(v) for k, v in sorted(objective.model.config.items()) if not k.startswith("_")}
+    public = [config, training_settings(objective.scheduler)]   # not the sampler, which the training does not use
     return _digest(json.dumps([public, [(name, list(p.shape)) for name, p in objective.parameters.items()]]).encode())
 
 # %% ../nbs/14_training.ipynb #d1d78b4c
@@ -207,11 +209,11 @@ def _encoder(objective: Objective, dataset: Dataset, folder: Path | None = None,
     Samples are encoded once: kept in memory while they take at most `room` bytes, else in files in `folder`, else encoded again every time.
     """
     @torch.no_grad()
-    def encode(rows): return objective.encode(dataset[rows.tolist()])
+    def encode(rows): return objective.encode(dataset[rows.tolist()], [f"sample {i}" for i in rows.tolist()])
 
-    parts = torch.arange(len(dataset)).split(_ENCODED)
+    ids, parts = sample_ids(dataset), torch.arange(len(dataset)).split(_ENCODED)   # ids first: an image that cannot be read is named
     first = encode(parts[0])
-    digest = _digest(objective.describe().encode(), *map(str.encode, sample_ids(dataset)), *(first[name].float().cpu().numpy().tobytes() for name in sorted(first)))
+    digest = _digest(objective.describe().encode(), *map(str.encode, ids), *(first[name].float().cpu().numpy().tobytes() for name in sorted(first)))
     if sum(x.nbytes for x in first.values()) * len(dataset) / len(parts[0]) <= room:
         rest = [first, *map(encode, parts[1:])]
         kept = {name: torch.cat([part[name] for part in rest]) for name in first}
@@ -328,6 +330,8 @@ def fit(
         raise ValueError(f"{accelerator.num_processes} processes: training runs in one; "
                          "with alone=True, each trains a model of its own")
     settings["precision"] = str(accelerator.mixed_precision)
+    settings["parameters"] = {name: list(p.shape) for name, p in parameters.items()}
+    settings = json.loads(json.dumps(settings))   # as a checkpoint keeps them
     for p in parameters.values(): p.requires_grad_(True)
     optimizer = torch.optim.AdamW(parameters.values(), lr, tuple(betas), weight_decay=settings["weight_decay"],
                                   fused=accelerator.device.type == "cpu")   # a fifth of a small model's step

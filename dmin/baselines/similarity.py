@@ -16,7 +16,8 @@ from skimage.metrics import structural_similarity
 from transformers import CLIPImageProcessor, CLIPModel
 
 from ..bars import bar
-from ..data import as_samples, data_folder, images_to_tensor
+from ..checks import whole
+from ..data import as_samples, data_folder, images_to_tensor, read_images
 from ..objective import make_objective
 from ..text_to_image import quiet_libraries
 
@@ -51,11 +52,11 @@ class RawPixels(_Vectors):
     kind = "Raw pixels"
 
     def __init__(self, samples, cosine: bool = True):
-        image = as_samples(samples)[0]["image"]
+        image = read_images(as_samples(samples).select([0]))[0]
         self._shape = image.size[::-1], len(image.getbands())
         super().__init__(samples, cosine)
 
-    def _vectors(self, samples): return images_to_tensor(samples["image"], *self._shape).flatten(1)
+    def _vectors(self, samples): return images_to_tensor(read_images(samples), *self._shape, [f"sample {i}" for i in range(len(samples))]).flatten(1)
 
 # %% ../../nbs/baselines/00_similarity.ipynb #57125119
 class Latents(_Vectors):
@@ -83,7 +84,7 @@ class CLIP(_Vectors):
         with quiet_libraries():
             self.model = CLIPModel.from_pretrained(where, use_safetensors=True).eval()
             self.processor = CLIPImageProcessor.from_pretrained(where)
-        self.kind, self.batch_size = "CLIP stand-in" if where == data_folder() / "tiny" / "clip" else "CLIP", batch_size
+        self.kind, self.batch_size = "CLIP stand-in" if where == data_folder() / "tiny" / "clip" else "CLIP", whole("batch_size", batch_size)
         super().__init__(samples, cosine)
 
     @torch.no_grad()
@@ -96,7 +97,7 @@ class CLIP(_Vectors):
             parts.append(found if torch.is_tensor(found) else found.pooler_output)
         return torch.cat(parts).float()
 
-    def _vectors(self, samples): return self.embed(samples["image"])
+    def _vectors(self, samples): return self.embed(read_images(samples))
 
 # %% ../../nbs/baselines/00_similarity.ipynb #c64b9ddc
 class SSIM:
@@ -109,7 +110,7 @@ class SSIM:
     def __init__(self, samples, progress: bool = True):
         self._train, self.progress = self._arrays(samples), progress
 
-    def _arrays(self, samples): return np.stack([np.asarray(x.convert("L"), dtype=np.float32) / 255 for x in as_samples(samples)["image"]])
+    def _arrays(self, samples): return np.stack([np.asarray(x.convert("L"), dtype=np.float32) / 255 for x in read_images(as_samples(samples))])
 
     def scores(self, queries) -> torch.Tensor:
         """(n_queries, n_train) in [-1, 1]."""

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from .first_order import _weights, mean_gradients, mean_query_gradients
-from ..checks import finite
+from ..checks import finite, whole
 from ..data import as_samples
 from ..gradients import PerSampleGradients, sample_gradients
 from ..pipelines import network, pipeline_family
@@ -67,7 +67,7 @@ def own_gradients(store: Store, n: int = 32, weights=None) -> tuple[torch.Tensor
     if store.objective is None or store.samples is None:
         raise ValueError("this store does not know its pipeline and its samples: open it with open_store(folder, pipe, samples)")
     m, rows = store.manifest, own_rows(store, n)
-    g = sample_gradients(store.objective, store.samples.select(rows), torch.tensor(m.timesteps), store.compressor, m.noise_seed + 1, m.noises)
+    g = sample_gradients(store.objective, store.samples.select(rows), torch.tensor(m.timesteps), store.compressor, (m.noise_seed + 1) % 2**63, m.noises)
     return rows, torch.einsum("qtv,t->qv", g.compressed, _weights(store, weights))
 
 
@@ -157,6 +157,7 @@ def trajectory(pipe, queries, steps: "int | None" = None, **options) -> tuple[to
     `steps` and `options` are those that `generate` was called with. Raises `ValueError` when the queries have no column `seed`, or other images come out.
     """
     queries, family, seen, times = as_samples(queries), pipeline_family(pipe), [], []
+    steps = family.steps if steps is None else whole("steps", steps, most=pipe.scheduler.config.num_train_timesteps)
     if "seed" not in queries.column_names: raise ValueError("the queries have no column 'seed', so their trajectories cannot be walked again: generate(pipe, …) returns it")
 
     def record(module, args, kwargs):
@@ -167,7 +168,7 @@ def trajectory(pipe, queries, steps: "int | None" = None, **options) -> tuple[to
     hook = network(pipe).register_forward_pre_hook(record, with_kwargs=True)
     try:
         generators = [torch.Generator().manual_seed(seed) for seed in queries["seed"]]
-        images = family.sample(pipe, list(queries["prompt"]) if family.takes_prompts else None, generators, steps or family.steps, **options)
+        images = family.sample(pipe, list(queries["prompt"]) if family.takes_prompts else None, generators, steps, **options)
     finally: hook.remove()
     apart = max((np.abs(np.asarray(a, dtype=float) - np.asarray(b.convert(a.mode), dtype=float)).mean() for a, b in zip(images, queries["image"])), default=0)
     if apart > 2: raise ValueError(f"other images came out than the queries (mean difference {apart:.0f} of 255): pass the pipeline, steps and options that they were generated with")

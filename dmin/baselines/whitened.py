@@ -43,7 +43,7 @@ class WhitenedDMin:
         "Training samples as queries under noise of another seed: normalised gradients (n, T, v)."
         store, m = self.store, self.store.manifest
         if store.objective is None or store.samples is None: raise ValueError("this store does not know its pipeline and its samples: open it with open_store(folder, pipe, samples), or give a damping")
-        g = sample_gradients(store.objective, store.samples.select(rows), torch.tensor(m.timesteps), store.compressor, m.noise_seed + 1, m.noises)
+        g = sample_gradients(store.objective, store.samples.select(rows), torch.tensor(m.timesteps), store.compressor, (m.noise_seed + 1) % 2**63, m.noises)
         return g.compressed / g.norms[..., None]
 
     def _scores(self, vectors, damping): return sum(w * kernel.scores(vectors[:, t], damping) for t, (kernel, w) in enumerate(zip(self.kernels, self.weights)))

@@ -25,6 +25,7 @@ def _checked(scores, query_labels: Labels, train_labels: Labels, k: Sequence[int
     if (len(queries), len(train)) != tuple(scores.shape):
         raise ValueError(f"scores of shape {tuple(scores.shape)} with {len(queries)} query labels and {len(train)} training labels")
     if not len(queries): raise ValueError("no queries: the detection rate is a mean over at least one")
+    if np.ndim(k) != 1: raise ValueError(f"k={k!r}: give several, such as (5, 10)")
     if not len(k) or min(k) < 1 or max(k) > len(train): raise ValueError(f"k={tuple(k)}: choose 1 to {len(train)}, the number of training samples")
     if scores.isnan().any():
         row, column = scores.isnan().nonzero()[0].tolist()

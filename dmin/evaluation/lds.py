@@ -20,7 +20,7 @@ from safetensors import safe_open
 from scipy.stats import rankdata
 
 from ..bars import bar
-from ..checks import absolute_folder
+from ..checks import absolute_folder, finite, whole, whole_seed
 from ..collect import _processes
 from .results import Interval, html_table, shown_path, text_table
 from ..files import read_json, read_tensors, remove_leftovers, storing, write_atomically, write_tensors
@@ -34,6 +34,7 @@ def random_subsets(
     seed: int = 0,
 ) -> torch.Tensor:      # (subsets, n) bool
     """Random subsets of round(share · n) samples each. Source: D-TRAK, appendix A.2. Raises `ValueError` when a subset would be empty or everything."""
+    n, subsets, seed, share = whole("n", n), whole("subsets", subsets), whole_seed("seed", seed), finite("share", share)
     size = round(share * n)
     if not 0 < size < n: raise ValueError(f"share={share} of {n} samples is {size}: a subset must have at least one and not all")
     generator, masks = torch.Generator().manual_seed(seed), torch.zeros(subsets, n, dtype=torch.bool)
