@@ -23,7 +23,7 @@ from dmin.pipelines import add_lora, generate, save_lora
 from dmin.schedule import noise_schedule, training_settings
 from dmin.store import Manifest, Store
 from dmin.tiny import train_tokenizer
-from dmin.training import fit, save_trained
+from dmin.training import fit
 
 RECIPE = dict(v=64, timesteps=2, shard_size=4, progress=False)
 
