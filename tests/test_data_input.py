@@ -11,6 +11,7 @@ from PIL import ExifTags, Image
 
 from dmin import load_images, select_timesteps
 from dmin.data import _draw, _pair, as_samples, column_digests, images_to_tensor, sample_ids, to_rgb
+from dmin.evaluation.claims import Comparison
 from dmin.evaluation.costs import Cost, CostTable
 from dmin.evaluation.detection import detection_table
 from dmin.evaluation.lds import LDSTable
@@ -283,6 +284,7 @@ def table(*names):
 PAGES = {
     "strips": lambda: attribution_html([Strip(photo(), EVIL, [photo()], [f"{EVIL}\n{EVIL}"], EVIL)]), "table": lambda: html_table([[EVIL, EVIL], [EVIL, EVIL]], EVIL),
     "detection": lambda: table(EVIL)._repr_html_(), "LDS": lambda: LDSTable({EVIL: {EVIL: Interval(1., 0., 2.)}}, 3, 4)._repr_html_(),
+    "comparison": lambda: Comparison({EVIL: {EVIL: 1.}}, {EVIL: {EVIL: 2.}}, EVIL, EVIL)._repr_html_(),
     "costs": lambda: CostTable({EVIL: Cost(1., 1., 1., 1, 1)})._repr_html_(), "noise": lambda: noise_table({EVIL: np.arange(4)}, [True, False, True, False], draws=3)._repr_html_()}
 
 

@@ -81,7 +81,7 @@ class Comparison:
     def _repr_html_(self):
         grey = "style='opacity:.6;font-style:italic'"
         head = "<tr><th rowspan=2></th>" + "".join(f"<th colspan=2 style='text-align:center'>{escape(c)}</th>" for c in self.columns) + "</tr><tr>" + f"<th>measured</th><th {grey}>published</th>" * len(self.columns) + "</tr>"
-        body = "".join(f"<tr><th style='text-align:left'>{escape(a or b)}</th>" + "".join(f"<td>{self._words(x)}</td><td {grey}>{self._words(y)}</td>" for x, y in (self.cell((a, b), c) for c in self.columns)) + "</tr>"
+        body = "".join(f"<tr><th style='text-align:left'>{escape(a or b)}</th>" + "".join(f"<td>{escape(self._words(x))}</td><td {grey}>{escape(self._words(y))}</td>" for x, y in (self.cell((a, b), c) for c in self.columns)) + "</tr>"
                        for a, b in self.pairs)
         return f"<table><caption>{escape(self._caption())}</caption>{head}{body}</table>"
 
@@ -200,7 +200,7 @@ class Study:
     def _repr_html_(self):
         head, *body = self._verdicts() if self.claims else self._opening()
         colours = {c.status: _COLOURS.get(c.status, "#b91c1c") for c in self.claims}
-        def cell(x): return f"<td style='text-align:left'>{f'<b style=color:{colours[x]}>{x}</b>' if x in colours else escape(x)}</td>"
+        def cell(x): return f"<td style='text-align:left'>{f'<b style=color:{colours[x]}>{escape(x)}</b>' if x in colours else escape(x)}</td>"
         return (f"<p><b>{escape(self.source)}.</b> {escape(self.claim)}</p><table><tr>" + "".join(f"<th style='text-align:left'>{escape(x)}</th>" for x in head) + "</tr>"
                 + "".join("<tr>" + "".join(map(cell, row)) + "</tr>" for row in body) + "</table>")
 
