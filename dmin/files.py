@@ -8,7 +8,6 @@ __all__ = ['storing', 'write_atomically', 'remove_leftovers', 'write_folder', 'l
 
 # %% ../nbs/09_files.ipynb #f155e5ef
 import errno
-import glob
 import hashlib
 import json
 import os
@@ -92,7 +91,8 @@ _YOUNG, _OLD = 10, 3600   # seconds: younger, its writer may not have locked it 
 
 def remove_leftovers(folder: Path, of: str = "") -> None:
     """Removes temporary files in `folder` whose writers were killed; `of` one name, if given."""
-    for path in folder.glob(f".{glob.escape(of)}*"):
+    for path in folder.iterdir():
+        if of and not path.name.startswith(f".{of}."): continue
         ours = _OURS.fullmatch(path.name)
         if not ours and not _OF_OLDER_VERSIONS.fullmatch(path.name): continue
         try:

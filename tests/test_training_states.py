@@ -182,7 +182,7 @@ def filed(few, tmp_path, monkeypatch):
     """Encodes into files of four samples, and counts how often."""
     objective, calls = make_objective(small()), []
     encode = objective.encode
-    monkeypatch.setattr(objective, "encode", lambda samples: calls.append(len(samples["image"])) or encode(samples))
+    monkeypatch.setattr(objective, "encode", lambda samples, names=None: calls.append(len(samples["image"])) or encode(samples, names))
     monkeypatch.setattr(dmin.training, "_ENCODED", 4)
     def read():
         calls.clear()
@@ -208,7 +208,7 @@ def test_encoding_needs_no_gradients(few, monkeypatch):
     objective = make_objective(small())
     factor = torch.nn.Parameter(torch.ones(()))
     encode = objective.encode
-    monkeypatch.setattr(objective, "encode", lambda samples: {"z0": encode(samples)["z0"] * factor})
+    monkeypatch.setattr(objective, "encode", lambda samples, names=None: {"z0": encode(samples)["z0"] * factor})
     for room in (2**30, 0):
         assert not _encoder(objective, few, room=room)[0](torch.arange(3))["z0"].requires_grad
 
