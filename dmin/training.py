@@ -32,7 +32,7 @@ from .checks import absolute_folder, finite, one_of, whole, whole_seed
 from .data import as_samples, data_folder, sample_ids
 from .files import damaged, locked, read_json, read_tensors, remove_leftovers, storing, write_folder, write_tensors
 from .objective import Objective, make_objective
-from .pipelines import PIPELINES, _locate, _write_lora, network
+from .pipelines import PIPELINES, _locate, network, write_lora
 from .schedule import training_settings
 from .text_to_image import quiet_libraries
 
@@ -426,7 +426,7 @@ def save_trained(
     record = json.dumps(log.record() | more, indent=2) + "\n"
 
     def write(temporary):
-        if part == "adapters": _write_lora(pipe, temporary)
+        if part == "adapters": write_lora(pipe, temporary)
         else: (pipe if part == "pipeline" else network(pipe)).save_pretrained(temporary)
         for path in temporary.rglob("*.json"): _forget_where(path)
         (temporary / "training.json").write_text(record, encoding="utf-8")
