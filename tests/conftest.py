@@ -7,8 +7,8 @@ import pytest
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 
-from dmin.data import load_images
-from dmin.gradients import flatten_like_gradient
+from dmin.reproduction.image_sets import load_images
+from dmin.core.gradients import flatten_like_gradient
 
 
 def make_unet(size=8, seed=0, **config):

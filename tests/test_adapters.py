@@ -9,9 +9,12 @@ from diffusers import StableDiffusionPipeline
 from peft import LoraConfig, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
-from dmin.baselines.similarity import CLIP
-from dmin.pipelines import add_lora, generate, load_lora, load_pipeline, network, save_lora
-from dmin.tiny import tiny_sd, tiny_sd3, tiny_vae, train_tokenizer
+from dmin.methods.similarity import CLIP
+from dmin.lora import add_lora, load_lora, save_lora
+from dmin.pipelines import generate, load_pipeline, network
+from dmin.families.latent import tiny_vae, train_tokenizer
+from dmin.families.stable_diffusion import tiny_sd
+from dmin.families.stable_diffusion_3 import tiny_sd3
 
 PROMPTS = ["a red rose", "a card", "a toy"]
 
@@ -178,14 +181,14 @@ def test_adapters_that_are_no_safetensors_are_not_read(family, as_file, words, t
 
 
 def test_clip_that_is_no_safetensors_is_not_read(tmp_path, monkeypatch):
-    from dmin.data import data_folder
+    from dmin.core.runtime import data_folder
     from transformers import CLIPImageProcessor, CLIPModel
     clip = CLIPModel.from_pretrained(data_folder() / "tiny" / "clip")
     clip.config.save_pretrained(tmp_path)
     CLIPImageProcessor.from_pretrained(data_folder() / "tiny" / "clip").save_pretrained(tmp_path)
     torch.save(clip.state_dict(), tmp_path / "pytorch_model.bin")
     monkeypatch.setattr(torch, "load", lambda *a, **k: pytest.fail("a pickle was read"))
-    from dmin.data import load_images
+    from dmin.reproduction.image_sets import load_images
     with pytest.raises(OSError, match="safetensors"): CLIP(load_images("clipart_10").select(range(2)), model=tmp_path)
 
 

@@ -7,14 +7,14 @@ import torch
 from conftest import make_pipeline
 
 from dmin import build_index, collect, make_objective, open_store, sample_gradients, select_timesteps
-from dmin.baselines.first_order import Gradient, TracInCP, mean_gradients
-from dmin.baselines.kfac import KFAC
-from dmin.baselines.trak import TRAK, Kernel
-from dmin.baselines.whitened import WhitenedDMin
-from dmin.checks import finite, whole
-from dmin.compression import Compressor, ReferenceCompressor, make_compressor
-from dmin.influence import DMin
-from dmin.store import Store
+from dmin.methods.first_order import Gradient, mean_gradients, TracInCP
+from dmin.methods.kfac import KFAC
+from dmin.methods.trak import Kernel, TRAK
+from dmin.methods.whitened import WhitenedDMin
+from dmin.core.checks import finite, whole
+from dmin.core.compression import Compressor, make_compressor, ReferenceCompressor
+from dmin.methods.dmin import DMin
+from dmin.core.store import Store
 
 RECIPE = dict(v=64, timesteps=2, shard_size=4, progress=False)
 BAD_WEIGHTS = [[1.], [[1.], [2.]], [math.nan, 1.], [math.inf, 1.], [0., 0.], "ab", 1.]
@@ -56,7 +56,7 @@ def test_whole_numbers_of_queries(store, index, digits, value):
     """Also where a cached answer would hide them."""
     query = digits.select([1])
     store.influence(query)
-    for ask in (lambda: store.query_gradients(query, batch_size=value), lambda: store.influence(query, batch_size=value), lambda: index.search(query, 3, ef=value),
+    for ask in (lambda: store.gradients(query, batch_size=value), lambda: store.influence(query, batch_size=value), lambda: index.search(query, 3, ef=value),
                 lambda: index.search(query, k=value), lambda: index.recall(query, k=value), lambda: index.recall(query, 3, ef=value), lambda: store.influence(query).top(value),
                 lambda: store.add(query, batch_size=value), lambda: build_index(store, ef_construction=value), lambda: build_index(store, M=value),
                 lambda: sample_gradients(store.objective, query, torch.tensor([0]), Compressor(8), batch_size=value),
@@ -116,12 +116,12 @@ def test_learning_rates(store):
         with pytest.raises(ValueError, match="learning_rates"): TracInCP([store], bad)
 
 
-@pytest.mark.parametrize("options, said", [(dict(size=0), "size"), (dict(latent_seed=-1), "latent_seed=-1"), (dict(max_sequence_length=0), "max_sequence_length=0"), (dict(latents="mode"), "mean or draw"),
+@pytest.mark.parametrize("options, said", [(dict(size=0), "size"), (dict(latent_seed=-1), "latent_seed=-1"), (dict(max_sequence_length=0), "max_sequence_length=0"), (dict(latents="mode"), "mean, draw"),
                                            (dict(output="mean"), "output='mean'"), (dict(parameters=[1]), "no pattern")])
 def test_options_of_text_to_image(options, said):
     from test_text_to_image import small
 
-    from dmin.tiny import train_tokenizer
+    from dmin.families.latent import train_tokenizer
     pipe = small("sd3", train_tokenizer(["a rose", "a card"], 520))
     with pytest.raises(ValueError, match=said): make_objective(pipe, **options)
 

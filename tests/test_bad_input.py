@@ -7,9 +7,9 @@ from datasets import Dataset
 from PIL import Image
 
 from dmin import collect, load_images, make_objective, open_index, sample_gradients, select_timesteps
-from dmin.compression import Compressor
-from dmin.gradients import Gradients
-from dmin.store import Store
+from dmin.core.compression import Compressor
+from dmin.core.gradients import Gradients
+from dmin.core.store import Store
 
 RECIPE = dict(v=64, timesteps=2, shard_size=4, progress=False)
 
@@ -42,7 +42,7 @@ def test_images_that_do_not_fit(store, digits, image, said):
 
 @pytest.mark.parametrize("array, said", [(np.full((8, 8), 255.), "255.*expected floats in"), (np.full((8, 8), -1.), "-1"), (np.full((8, 8), np.nan), "NaN")])
 def test_value_ranges(array, said):
-    from dmin.data import images_to_tensor
+    from dmin.core.images import images_to_tensor
     with pytest.raises(ValueError, match=said): images_to_tensor([np.zeros((8, 8)), array], 8, 1)
 
 
@@ -93,7 +93,7 @@ def test_k(store, digits, k):
 
 
 def test_queries_of_another_v(store, digits):
-    g = store.query_gradients(digits.select([0]))
+    g = store.gradients(digits.select([0]))
     with pytest.raises(ValueError, match="2 timesteps × 32, the store of 2 × 64"): store.influence(Gradients(g.compressed[..., :32], g.norms, g.losses))
 
 
@@ -102,13 +102,13 @@ def test_store_without_its_pipeline(store, digits):
 
 
 def test_unfinished_store(store, digits):
-    g = store.query_gradients(digits.select([0]))
+    g = store.gradients(digits.select([0]))
     (store.folder / "shard-00000004.safetensors").unlink()
     with pytest.raises(ValueError, match="36 of 40 samples.*collect again"): Store(store.folder).influence(g)
 
 
 def test_unsupported_pipeline(digits, tmp_path):
-    with pytest.raises(TypeError, match="DDPMPipeline.*register_objective"): collect(torch.nn.Linear(1, 1), digits, tmp_path / "s")
+    with pytest.raises(TypeError, match="DDPMPipeline.*register_family"): collect(torch.nn.Linear(1, 1), digits, tmp_path / "s")
 
 
 def test_no_index(store):
@@ -159,14 +159,14 @@ def test_bad_new_samples_leave_the_store_as_it_was(store, digits):
 
 def test_queries_of_another_recipe(store, pipe, digits, tmp_path):
     other = collect(pipe, digits, tmp_path / "other", **RECIPE, seed=1)
-    with pytest.raises(ValueError, match="recipe of another store"): store.influence(other.query_gradients(digits.select([0])))
-    g = store.query_gradients(digits.select([0]))
+    with pytest.raises(ValueError, match="recipe of another store"): store.influence(other.gradients(digits.select([0])))
+    g = store.gradients(digits.select([0]))
     with pytest.raises(ValueError, match="not finite"): store.influence(g._replace(compressed=g.compressed * float("nan")))
 
 
 def test_index_refuses_what_does_not_fit(store, digits):
     from dmin import build_index
-    g = store.query_gradients(digits.select([0]))
+    g = store.gradients(digits.select([0]))
     for bad in (dict(M=0), dict(M=1), dict(ef_construction=0)):
         with pytest.raises(ValueError, match="(M|ef_construction)=.*whole number"): build_index(store, progress=False, **bad)
     index = build_index(store, progress=False)

@@ -9,16 +9,16 @@ import torch
 from scipy.stats import spearmanr
 
 from dmin import DMin, collect, generate, load_images
-from dmin.baselines.first_order import Gradient, TracInCP
-from dmin.baselines.kfac import KFAC
-from dmin.baselines.second_order import DataInf, LiSSA
-from dmin.baselines.similarity import CLIP, SSIM, RawPixels, Random
-from dmin.baselines.trak import TRAK, Ensemble, JourneyTRAK
-from dmin.baselines.whitened import WhitenedDMin
-from dmin.evaluation.detection import detection_table
-from dmin.evaluation.lds import Retrained, ceiling_per_query, lds_per_query, random_subsets
-from dmin.evaluation.results import interval
-from dmin.tiny import tiny_ddpm
+from dmin.methods.first_order import Gradient, TracInCP
+from dmin.methods.kfac import KFAC
+from dmin.methods.second_order import DataInf, LiSSA
+from dmin.methods.similarity import CLIP, Random, RawPixels, SSIM
+from dmin.methods.trak import Ensemble, JourneyTRAK, TRAK
+from dmin.methods.whitened import WhitenedDMin
+from dmin.measures.detection import detection_table
+from dmin.measures.lds import ceiling_per_query, lds_per_query, random_subsets, Retrained
+from dmin.measures.intervals import interval
+from dmin.families.ddpm import tiny_ddpm
 
 ATTRIBUTORS = {
     "pixels": lambda s: RawPixels(s.samples), "pixels, dot": lambda s: RawPixels(s.samples, cosine=False), "SSIM": lambda s: SSIM(s.samples, progress=False), "CLIP": lambda s: CLIP(s.samples),
@@ -76,7 +76,7 @@ def test_fewer_bits_on_disk_keep_the_order(dtype, store, queries, pipe, tmp_path
 
 
 def test_stores_without_their_pipeline_say_so(store, queries):
-    from dmin.store import Store
+    from dmin.core.store import Store
     bare = Store(store.folder)
     for make in (lambda: Gradient(bare).scores(queries), lambda: TRAK(bare), lambda: KFAC(bare), lambda: WhitenedDMin(bare)):
         with pytest.raises(ValueError, match="open_store"): make()
@@ -120,7 +120,7 @@ def test_seeds_are_averaged():
 
 RETRAIN = """
 import sys, torch
-from dmin.evaluation.lds import Retrained, random_subsets
+from dmin.measures.lds import random_subsets, Retrained
 def retrain(rows, seed):
     print("trained", flush=True)
     return {"losses": torch.full((2, 3), float(rows.sum()) + seed)}

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from dmin.evaluation.architectures import ARCHITECTURES
-from dmin.evaluation.claims import STATUS, Claim, Comparison, claims_table, paper_notebooks, published
+from dmin.reproduction.architectures import ARCHITECTURES
+from dmin.reproduction.claims import Claim, claims_table, Comparison, paper_notebooks, published, STATUS
 from dmin.pipelines import PIPELINES
 
 ROOT = Path(__file__).parents[1]
@@ -29,7 +29,7 @@ def test_table_of_claims_follows_results(tmp_path, monkeypatch):
     changed["result"]["claims"][0]["measured"] = "something else"
     (tmp_path / "mini").mkdir()
     (tmp_path / "mini" / "table_3.json").write_text(json.dumps(changed))
-    monkeypatch.setattr("dmin.evaluation.claims.results_root", lambda: tmp_path)
+    monkeypatch.setattr("dmin.reproduction.claims.results_root", lambda: tmp_path)
     assert "something else" in claims_table() and claims_table() not in (ROOT / "README.md").read_text()
 
 

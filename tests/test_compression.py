@@ -5,7 +5,9 @@ import sys
 import pytest
 import torch
 
-from dmin.compression import Compressor, NoCompression, ReferenceCompressor, make_compressor, random_signs, random_words, standard_error
+from dmin.core.compression import (
+    Compressor, make_compressor, NoCompression, random_signs, random_words, ReferenceCompressor,
+    standard_error)
 
 
 def test_bits_are_these_on_every_machine():
@@ -97,7 +99,7 @@ def test_v_that_makes_no_sense(v, said):
 def test_memory_does_not_grow_with_the_gradient():
     script = """
 import torch
-from dmin.compression import Compressor
+from dmin.core.compression import Compressor
 def peak(): return next(int(l.split()[1]) / 1024 for l in open('/proc/self/status') if l.startswith('VmHWM'))
 c, piece = Compressor(4096), torch.ones(1, 2**20)
 total = c.zeros(1)

@@ -10,15 +10,17 @@ from datasets import Image as ImageFeature
 from PIL import ExifTags, Image
 
 from dmin import load_images, select_timesteps
-from dmin.data import _draw, _pair, as_samples, column_digests, images_to_tensor, sample_ids, to_rgb
-from dmin.evaluation.claims import Comparison
-from dmin.evaluation.costs import Cost, CostTable
-from dmin.evaluation.detection import detection_table
-from dmin.evaluation.lds import LDSTable
-from dmin.evaluation.noise_detection import noise_table
-from dmin.evaluation.results import Interval, html_table
-from dmin.mixture import Subset, add_noise, build_mixture, load_mixture, plan_mixture
-from dmin.show import Strip, attribution_html
+from dmin.core.images import height_and_width, as_samples, column_digests, images_to_tensor, sample_ids, to_rgb
+from dmin.reproduction.image_sets import _draw
+from dmin.reproduction.claims import Comparison
+from dmin.measures.costs import Cost, CostTable
+from dmin.measures.detection import detection_table
+from dmin.measures.lds import LDSTable
+from dmin.measures.noised import noise_table
+from dmin.measures.intervals import Interval
+from dmin.measures.tables import html_table
+from dmin.reproduction.mixture import add_noise, build_mixture, load_mixture, plan_mixture, Subset
+from dmin.core.show import attribution_html, Strip
 
 
 def said(f, *args, error=ValueError, **options):
@@ -171,13 +173,13 @@ def test_arrays_that_a_data_set_would_ruin(array, words):
 
 @pytest.mark.parametrize("size", [(8,), (8, 8, 8), 0, -1, 2.5, "64", (8, 0), True, np.float32(8)])
 def test_sizes(size):
-    for f in (lambda: _pair(size), lambda: load_images("mnist_5k", size=size), lambda: images_to_tensor([photo()], size, 3),
+    for f in (lambda: height_and_width(size), lambda: load_images("mnist_5k", size=size), lambda: images_to_tensor([photo()], size, 3),
               lambda: load_mixture("mini", size=size), lambda: load_mixture("authors", size=size)):
         words = said(f)
         assert f"size={size!r}" in words and "at least 1 pixel" in words and "(height, width)" in words
 
 
-def test_sizes_of_numpy(): assert _pair(np.int64(8)) == _pair((np.int32(8), 8)) == (8, 8)
+def test_sizes_of_numpy(): assert height_and_width(np.int64(8)) == height_and_width((np.int32(8), 8)) == (8, 8)
 
 
 def test_a_class_that_is_not_there():
@@ -227,7 +229,7 @@ def test_mini_has_no_source(tmp_path):
                                         (dict(noise=float("nan")), "noise=nan"), (dict(noise="x"), "noise='x'"), (dict(noise_strength=float("nan")), "strength=nan")])
 def test_a_mixtures_numbers_are_checked_before_anything_is_read(bad, words, monkeypatch):
     def read(*args): raise AssertionError("it was read")
-    monkeypatch.setattr("dmin.mixture._read", read)
+    monkeypatch.setattr("dmin.reproduction.mixture._read", read)
     assert words in said(build_mixture, {"roses": Subset("a/b", "text", 1)}, **bad)
 
 

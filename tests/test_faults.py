@@ -16,13 +16,14 @@ from conftest import make_pipeline
 from datasets import ClassLabel, Dataset, Features
 from PIL import Image
 
-import dmin.store
+import dmin.core.store
 from dmin import build_index, collect, make_objective, open_index, open_store, sample_gradients
-from dmin.compression import Compressor
-from dmin.files import checksum, write_atomically, write_tensors
-from dmin.gradients import Gradients
-from dmin.objective import DDPMObjective
-from dmin.store import Manifest, Store, differences
+from dmin.core.compression import Compressor
+from dmin.core.files import checksum, write_atomically, write_tensors
+from dmin.core.gradients import Gradients
+from dmin.families.ddpm import DDPMObjective
+from dmin.core.shards import differences, Manifest
+from dmin.core.store import Store
 
 RECIPE = dict(v=64, timesteps=2, shard_size=4, progress=False)
 PYTHON = [sys.executable, "-c"]
@@ -211,7 +212,7 @@ def test_an_index_and_its_description_are_one_unit(indexed, monkeypatch):
     """Killed between the graph and the description, the old index still stands; the next build removes what was left."""
     queries = Gradients(torch.randn(2, 2, 32), torch.ones(2, 2), torch.ones(2, 2))
     before, write = open_index(indexed).search(queries, 5).rows, write_atomically
-    monkeypatch.setattr("dmin.index.write_atomically", lambda path, f: write(path, f) if path.suffix == ".hnsw" else (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr("dmin.core.index.write_atomically", lambda path, f: write(path, f) if path.suffix == ".hnsw" else (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt): build_index(indexed, M=4, progress=False)
     monkeypatch.undo()
     assert len(list(indexed.folder.glob("index-*.hnsw"))) == 2
@@ -223,7 +224,7 @@ def test_an_index_and_its_description_are_one_unit(indexed, monkeypatch):
 def test_full_disk_while_indexing(indexed, monkeypatch):
     before = contents(indexed.folder)
     monkeypatch.setattr("hnswlib.Index.save_index", lambda self, path: Path(path).write_bytes(b"half"), raising=False)
-    monkeypatch.setattr("dmin.index._checksum", lambda path: pytest.fail("a half graph was kept"))
+    monkeypatch.setattr("dmin.core.index._checksum", lambda path: pytest.fail("a half graph was kept"))
     try:
         with pytest.raises(OSError, match="not written whole.*Is the disk full"): build_index(indexed, progress=False)
     except TypeError: pytest.skip("hnswlib's class cannot be patched")
@@ -252,7 +253,7 @@ def test_a_manifest_that_is_a_folder(tmp_path):
 def test_forged_numbers_with_a_right_checksum(tmp_path, name, value):
     store = synthetic(tmp_path / "s")
     path = store.folder / "shard-00000004.safetensors"
-    tensors, about = dmin.store.read_tensors(path, "")
+    tensors, about = dmin.core.files.read_tensors(path, "")
     tensors = {k: x.clone() for k, x in tensors.items()}
     tensors[name].view(-1)[5] = value
     write_tensors(path, tensors, {k: about[k] for k in ("store", "samples")})
@@ -264,9 +265,9 @@ def test_forged_numbers_with_a_right_checksum(tmp_path, name, value):
 def test_shards_of_other_shapes(tmp_path, forge):
     store = synthetic(tmp_path / "s")
     path = store.folder / "shard-00000004.safetensors"
-    tensors, about = dmin.store.read_tensors(path, "")
+    tensors, about = dmin.core.files.read_tensors(path, "")
     tensors = forge({k: x.clone() for k, x in tensors.items()})
-    ids = dmin.store._ids_hash([store.manifest.sample_ids[i] for i in tensors["rows"]])
+    ids = dmin.core.shards.ids_digest([store.manifest.sample_ids[i] for i in tensors["rows"]])
     write_tensors(path, tensors, {"store": about["store"], "samples": ids})
     for verify in (True, False):
         with pytest.raises(ValueError, match="shard-00000004.*damaged"): Store(store.folder, verify)
@@ -303,7 +304,7 @@ def test_a_recipes_fingerprint_does_not_read_the_ids():
 
 def test_writing_a_shard_does_not_read_the_manifest(tmp_path, monkeypatch):
     store = Store.create(tmp_path / "s", Manifest("x", "y", 10**4, [0, 1], 16, sample_ids=[f"{i}" for i in range(8)]))
-    monkeypatch.setattr("dmin.store.read_manifest", lambda folder: pytest.fail("the manifest was read"))
+    monkeypatch.setattr("dmin.core.shards.read_manifest", lambda folder: pytest.fail("the manifest was read"))
     for i in range(0, 8, 2): store.write([i, i + 1], torch.randn(2, 2, 16), torch.ones(2, 2), torch.ones(2, 2))
     assert store.missing() == []
 
@@ -313,10 +314,10 @@ def test_more_shards_than_may_be_mapped(tmp_path, monkeypatch):
     store = synthetic(tmp_path / "s", 60, 1)
     everything, one = store.vectors(), Gradients(torch.randn(1, 2, 16), torch.ones(1, 2), torch.ones(1, 2))
     scores = store.influence(one).values
-    monkeypatch.setattr("dmin.store._OPEN", 7)
+    monkeypatch.setattr("dmin.core.shards.OPEN_SHARDS", 7)
     few = Store(store.folder)
     for _ in range(2):
-        assert torch.equal(few.vectors(), everything) and torch.equal(few.influence(one).values, scores) and len(few._open) <= 7
+        assert torch.equal(few.vectors(), everything) and torch.equal(few.influence(one).values, scores) and len(few._shards._open) <= 7
     del store
     if Path("/proc/self/maps").exists():
         import gc
@@ -326,7 +327,7 @@ def test_more_shards_than_may_be_mapped(tmp_path, monkeypatch):
 
 def test_opening_and_closing_does_not_grow(tmp_path):
     folder = synthetic(tmp_path / "s", 100, 1).folder
-    script = ("import gc, os, sys\nfrom dmin.store import Store\n"
+    script = ("import gc, os, sys\nfrom dmin.core.store import Store\n"
               "def size(): gc.collect(); return len(os.listdir('/proc/self/fd')), len(open('/proc/self/maps').readlines())\n"
               "for i in range(6):\n    Store(sys.argv[1])\n    if i == 2: first = size()\nprint(*first, *size())")
     if not Path("/proc/self/fd").exists(): pytest.skip("needs /proc")
@@ -350,7 +351,7 @@ def test_leftovers_and_other_peoples_files(pipe, digits, tmp_path):
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from dmin.files import write_atomically
+from dmin.core.files import write_atomically
 write_atomically(Path(sys.argv[1]), lambda p: (p.write_bytes(b"half"), os.kill(os.getpid(), signal.SIGKILL)))
 """
 
@@ -383,7 +384,7 @@ def test_temporary_names_are_nobody_elses(tmp_path):
 
 def test_a_store_without_a_sample_makes_room(pipe, digits, tmp_path, monkeypatch):
     """Out of memory at the first batch, then fewer timesteps."""
-    monkeypatch.setattr(sys.modules["dmin.collect"], "_compute", lambda *a, **k: (_ for _ in ()).throw(MemoryError))
+    monkeypatch.setattr(sys.modules["dmin.core.store"], "compute", lambda *a, **k: (_ for _ in ()).throw(MemoryError))
     with pytest.raises(MemoryError): collect(pipe, digits.select(range(4)), tmp_path / "s", **RECIPE)
     monkeypatch.undo()
     assert Store(tmp_path / "s").missing() == [0, 1, 2, 3]
@@ -490,12 +491,10 @@ def test_weights_that_are_not_a_number(digits, tmp_path):
     with pytest.raises(FloatingPointError, match="loss of sample 0 at timestep 0 is nan"): collect(pipe, digits.select(range(2)), tmp_path / "s", **RECIPE)
 
 
-def test_a_cached_query_belongs_to_its_pipeline(store, digits):
-    """Another pipeline put into a store is asked anew."""
-    first = store.query_gradients(digits.select([2]))
-    assert store.query_gradients(digits.select([2])) is first
-    store.objective = make_objective(make_pipeline(seed=1))
-    assert not torch.equal(store.query_gradients(digits.select([2])).compressed, first.compressed)
+def test_a_cached_query_is_kept_for_the_same_images_only(store, digits):
+    first = store.gradients(digits.select([2]))
+    assert store.gradients(digits.select([2])) is first
+    assert not torch.equal(store.gradients(digits.select([3])).compressed, first.compressed)
 
 
 def test_checksums_tell_names_shapes_and_types_apart():
@@ -509,7 +508,7 @@ def test_html_is_escaped(store, tmp_path):
     rows = Dataset.from_dict({"image": [Image.fromarray(np.full((8, 8), i, dtype=np.uint8)) for i in range(4)], "prompt": [evil] * 4, "subset": [evil] * 4})
     s = collect(make_pipeline(), rows, tmp_path / "evil", **RECIPE)
     scores = s.influence(rows.select([0]))
-    for page in (scores._repr_html_(), (scores.top(2) + scores.bottom(2))._repr_html_(), Store(s.folder).influence(s.query_gradients(rows.select([0]))).top(2)._repr_html_()):
+    for page in (scores._repr_html_(), (scores.top(2) + scores.bottom(2))._repr_html_(), Store(s.folder).influence(s.gradients(rows.select([0]))).top(2)._repr_html_()):
         assert "<script" not in page and "<img src=x" not in page
 
 

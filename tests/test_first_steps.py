@@ -55,6 +55,6 @@ def test_bars_of_a_notebook_end_as_one_would_keep_them():
 
 
 def test_the_readme_promises_what_there_is():
-    from dmin.objective import OBJECTIVES
+    from dmin.core.registry import FAMILIES
     text = (ROOT / "README.md").read_text()
-    assert "any diffusers pipeline" not in text and all(name in text for name in OBJECTIVES)
+    assert "any diffusers pipeline" not in text and all(name in text for name in FAMILIES)

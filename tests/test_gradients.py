@@ -5,9 +5,10 @@ from conftest import make_pipeline, make_unet, one_by_one
 from diffusers import DDIMPipeline, DDIMScheduler, DDPMScheduler
 from torch import nn
 
-from dmin.compression import Compressor, NoCompression
-from dmin.gradients import RULES, PerSampleGradients, sample_gradients
-from dmin.objective import draw_noise, make_objective
+from dmin.core.compression import Compressor, NoCompression
+from dmin.core.gradients import PerSampleGradients, RULES, sample_gradients
+from dmin.core.objective import draw_noise
+from dmin.core.registry import make_objective
 
 UNETS = {
     "usual": {},
@@ -60,7 +61,7 @@ def test_rules_and_generic_path_agree(pipe, monkeypatch):
     def run():
         with PerSampleGradients(unet, parameters, Compressor(512, 3)) as g: return g(lambda: unet(x, t).sample.square().flatten(1).mean(1), 4)[0]
     fast = run()
-    monkeypatch.setattr("dmin.gradients.RULES", {})
+    monkeypatch.setattr("dmin.core.gradients.RULES", {})
     generic = run()
     assert RULES and (fast - generic).norm() / fast.norm() < 1e-5
 
@@ -159,7 +160,7 @@ def test_rows_that_are_not_the_batch_are_refused():
 def test_memory_is_given_back(pipe):
     """Graph and hooks hold each other; a collection of hours must not grow with each batch."""
     import gc
-    from dmin.gradients import _Call
+    from dmin.core.gradients import _Call
     x, t = torch.randn(2, 1, 8, 8), torch.tensor([1, 2])
     def loss(): return pipe.unet(x, t).sample.square().flatten(1).mean(1)
     def fails(): raise ZeroDivisionError if loss() is not None else None
@@ -203,7 +204,7 @@ def test_shapes_at_their_smallest_and_colour(digits):
     pipe = make_pipeline(in_channels=3, out_channels=3, size=(8, 16))
     from PIL import Image
     images = [Image.new("RGB", (16, 8), (10 * i, 30, 200)) for i in range(1, 3)]
-    from dmin.data import as_samples
+    from dmin.core.images import as_samples
     for samples in (images[:1], images):
         for noises in (1, 3):
             found = sample_gradients(make_objective(pipe), as_samples(samples), torch.tensor([999]), Compressor(1), noises=noises, batch_size=1)

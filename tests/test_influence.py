@@ -3,12 +3,13 @@ import numpy as np
 import pytest
 import torch
 
-from dmin.baselines.similarity import RawPixels, Random
-from dmin.collect import collect, open_store
-from dmin.gradients import Gradients
-from dmin.index import build_index, open_index
-from dmin.influence import DMin
-from dmin.store import Manifest, Store
+from dmin.methods.similarity import Random, RawPixels
+from dmin.core.store import collect, open_store
+from dmin.core.gradients import Gradients
+from dmin.core.index import build_index, open_index
+from dmin.methods.dmin import DMin
+from dmin.core.shards import Manifest
+from dmin.core.store import Store
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +23,7 @@ def store(digits, tmp_path_factory):
 def test_exact_against_brute_force(pipe, digits, tmp_path, dtype, normalise):
     store = collect(pipe, digits, tmp_path, v=512, timesteps=3, shard_size=7, dtype=dtype, progress=False)
     queries = digits.select([0, 9, 33])
-    g = store.query_gradients(queries)
+    g = store.gradients(queries)
     stored, norms = store.vectors().double().numpy(), store.per_sample("norms").double().numpy()
     wanted = np.zeros((3, 40))
     for q in range(3):
@@ -35,7 +36,7 @@ def test_exact_against_brute_force(pipe, digits, tmp_path, dtype, normalise):
 
 def test_compressed_scores_estimate_the_uncompressed(pipe, digits, tmp_path):
     """Without compression the scores are cosines; with it they are those, give or take the predicted error."""
-    from dmin.compression import standard_error
+    from dmin.core.compression import standard_error
     queries = digits.select([1, 2])
     exact = collect(pipe, digits, tmp_path / "exact", v=None, timesteps=3, dtype="float32", progress=False).influence(queries).per_timestep
     d = sum(p.numel() for p in pipe.unet.parameters())
@@ -53,7 +54,7 @@ def test_one_query_or_many_any_order(store, digits):
 
 def test_all_kinds_of_queries(store, digits):
     image = digits[3]["image"]
-    scores = [store.influence(q).values for q in (image, [image], [{"image": image}], {"image": image}, digits.select([3]), store.query_gradients(image))]
+    scores = [store.influence(q).values for q in (image, [image], [{"image": image}], {"image": image}, digits.select([3]), store.gradients(image))]
     assert all(torch.allclose(s, scores[0]) for s in scores)
 
 
@@ -76,13 +77,13 @@ def test_rankings_draw_themselves(store, digits, tmp_path):
     page = ranking._repr_html_()
     assert page.count("<img") == 2 + 4 * 4 and "label" in page
     assert ranking.save(tmp_path / "deep" / "r.png").stat().st_size > 1000
-    unknown = Store(store.folder).influence(store.query_gradients(digits.select([3]))).top(2)
+    unknown = Store(store.folder).influence(store.gradients(digits.select([3]))).top(2)
     assert "sample     3" in unknown._repr_html_()
     with pytest.raises(ValueError, match="images are not known"): unknown.figure()
 
 
 def test_equal_scores_keep_the_order_of_the_samples(store):
-    from dmin.influence import Scores
+    from dmin.core.scores import Scores
     scores = Scores(torch.zeros(1, 6, 3), [0, 1, 2])
     assert scores.top(6).rows.tolist() == scores.bottom(6).rows.tolist() == [[0, 1, 2, 3, 4, 5]]
 

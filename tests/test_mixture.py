@@ -7,7 +7,7 @@ from datasets import Dataset, Features, Value
 from datasets import Image as ImageFeature
 from PIL import Image
 
-from dmin.mixture import AUTHORS, NOISES, SUBSETS, add_noise, load_mixture, plan_mixture
+from dmin.reproduction.mixture import add_noise, AUTHORS, load_mixture, NOISES, plan_mixture, SUBSETS
 
 PUBLISHED = {"flowers": (162, 34), "lego_sets": (40, 21), "magic_cards": (1541, 375)}   # DMin, Table 1
 

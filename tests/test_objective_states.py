@@ -8,8 +8,9 @@ from PIL import Image
 from test_text_to_image import small
 
 from dmin import collect, load_mixture, make_objective
-from dmin.pipelines import add_lora, network
-from dmin.tiny import train_tokenizer
+from dmin.lora import add_lora
+from dmin.pipelines import network
+from dmin.families.latent import train_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -109,8 +110,8 @@ def test_gradients_of_active_adapters_equal_autograd(tokenizer, mixture):
     """Two adapters in use, one of them alone counted through patterns."""
     from conftest import one_by_one
 
-    from dmin.compression import NoCompression
-    from dmin.gradients import sample_gradients
+    from dmin.core.compression import NoCompression
+    from dmin.core.gradients import sample_gradients
     pipe = small("sd", tokenizer, lora=True)
     adapted(pipe.unet, "other", ("to_k",))
     pipe.set_adapters(["default", "other"])

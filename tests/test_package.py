@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from diffusers import DDPMPipeline, StableDiffusion3Pipeline, StableDiffusionPipeline
 
-from dmin.data import data_folder
+from dmin.core.runtime import data_folder
 from dmin.pipelines import PIPELINES
 from dmin.training import training_record
 

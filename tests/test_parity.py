@@ -15,13 +15,14 @@ from torch import nn
 from torch.func import functional_call
 
 from dmin import collect, load_images
-from dmin.baselines.first_order import Gradient, TracInCP, mean_gradients, mean_query_gradients
-from dmin.baselines.kfac import KFAC, unflatten_gradient
-from dmin.baselines.second_order import DataInf, LiSSA
-from dmin.baselines.trak import TRAK, dense_projection
-from dmin.gradients import flatten_like_gradient
-from dmin.objective import Objective, make_objective
-from dmin.tiny import tiny_ddpm
+from dmin.methods.first_order import Gradient, mean_gradients, mean_query_gradients, TracInCP
+from dmin.methods.kfac import KFAC, unflatten_gradient
+from dmin.methods.second_order import DataInf, LiSSA
+from dmin.methods.trak import dense_projection, TRAK
+from dmin.core.gradients import flatten_like_gradient
+from dmin.core.objective import Objective
+from dmin.core.registry import make_objective
+from dmin.families.ddpm import tiny_ddpm
 
 
 def peer(name):
@@ -212,7 +213,7 @@ def damped_scores(kfac, q, curvature, x):
 
 def test_kfac_of_one_sample_is_the_exact_inverse(linear, here, tmp_path, monkeypatch):
     """With one sample and one linear layer the outer product of the gradient is a Kronecker product: nothing is approximated."""
-    import dmin.baselines.kfac as module
+    import dmin.methods.kfac as module
     one = here.digits.select([3])
     store = collect(linear, one, tmp_path, v=None, timesteps=[400], dtype="float32", progress=False)
     batch = linear.encode(one[:]) | {"t": torch.tensor([400]), "eps": linear.draw_noise([400])[:, 0]}
@@ -229,7 +230,7 @@ def test_kfac_of_a_linear_model_nears_the_exact_inverse(linear, here, tmp_path):
     digits = load_images("mnist_5k", size=8).select(range(0, 4000, 10))
     store = collect(linear, digits, tmp_path, v=None, timesteps=[400], dtype="float32", progress=False)
     x, q = mean_gradients(store), mean_query_gradients(store, here.queries)
-    from dmin.baselines.kfac import curvature_batches
+    from dmin.methods.kfac import curvature_batches
     inputs = torch.cat([linear.noisy(b["z0"], b["eps"], b["t"]).flatten(1) for b, _ in curvature_batches(linear, digits, 20)]).double()
     exact_curvature = torch.kron(torch.eye(16, dtype=torch.double), inputs.T @ inputs / len(inputs))
     kfac = KFAC(store, .1, draws=20)
@@ -256,7 +257,7 @@ def test_kfac_agrees_with_kronfluence(here, strategy, tmp_path, monkeypatch):
     analyzer, task, arguments = peer("kronfluence.analyzer"), peer("kronfluence.task"), peer("kronfluence.arguments")
     import copy
 
-    import dmin.baselines.kfac as module
+    import dmin.methods.kfac as module
 
     pipe = copy.deepcopy(here.pipe)
     store = collect(pipe, here.digits, tmp_path / "store", v=None, timesteps=[400], dtype="float32", progress=False)

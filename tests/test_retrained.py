@@ -8,9 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dmin.data import data_folder
-from dmin.evaluation.lds import Retrained, random_subsets
-from dmin.evaluation.retraining_benchmark import Recipe, RetrainingBenchmark
+from dmin.core.runtime import data_folder
+from dmin.measures.lds import random_subsets, Retrained
+from dmin.reproduction.retraining_benchmark import Recipe, RetrainingBenchmark
 
 MASKS = random_subsets(20, 4)
 
@@ -67,7 +67,7 @@ def test_outputs_of_an_older_version_are_read_and_get_a_checksum(built):
 
 
 def test_the_shipped_outputs_have_a_checksum():
-    from dmin.files import read_tensors
+    from dmin.core.files import read_tensors
     tensors, about = read_tensors(data_folder() / "digits_benchmark" / "outputs" / "models.safetensors", "")
     assert about["sha256"] and len(tensors) == 354
 

@@ -12,17 +12,19 @@ from PIL import Image
 from test_objective_states import adapted
 from test_text_to_image import small
 
-from dmin import build_index, collect, load_mixture, load_pipeline, make_objective, open_store, sample_gradients, show_images, train
-from dmin.baselines.similarity import SSIM, RawPixels
-from dmin.baselines.trak import trajectory
-from dmin.compression import Compressor
-from dmin.evaluation.lds import random_subsets
-from dmin.files import storing
-from dmin.gradients import Gradients
-from dmin.pipelines import add_lora, generate, save_lora
-from dmin.schedule import noise_schedule, training_settings
-from dmin.store import Manifest, Store
-from dmin.tiny import train_tokenizer
+from dmin import build_index, collect, load_mixture, load_pipeline, make_objective, open_store, sample_gradients, show_images, finetune
+from dmin.methods.similarity import RawPixels, SSIM
+from dmin.methods.trak import trajectory
+from dmin.core.compression import Compressor
+from dmin.measures.lds import random_subsets
+from dmin.core.files import storing
+from dmin.core.gradients import Gradients
+from dmin.lora import add_lora, save_lora
+from dmin.pipelines import generate
+from dmin.core.schedule import noise_schedule, training_settings
+from dmin.core.shards import Manifest
+from dmin.core.store import Store
+from dmin.families.latent import train_tokenizer
 from dmin.training import fit
 
 RECIPE = dict(v=64, timesteps=2, shard_size=4, progress=False)
@@ -126,13 +128,13 @@ def test_images_that_are_not_decoded(pipe, digits, tmp_path):
 def test_broken_images_are_named_by_their_row(pipe, digits):
     columns = {"image": [{"bytes": b"no image", "path": None} if i == 2 else x for i, x in enumerate(digits.cast_column("image", ImageFeature(decode=False))["image"][:4])]}
     broken = Dataset.from_dict(columns, Features({"image": ImageFeature()}))
-    for ask in (lambda: train(pipe, broken, steps=1, progress=False), lambda: RawPixels(broken), lambda: SSIM(broken, progress=False)):
+    for ask in (lambda: finetune(pipe, broken, steps=1, progress=False), lambda: RawPixels(broken), lambda: SSIM(broken, progress=False)):
         with pytest.raises(ValueError, match="sample 2 cannot be read"): ask()
 
 
 def test_a_wrong_image_late_in_the_data_keeps_its_number(pipe, digits):
     rows = [digits[0]["image"]] * 260 + [Image.new("L", (9, 9))]
-    with pytest.raises(ValueError, match="sample 260 has 9×9"): train(pipe, [{"image": x} for x in rows], steps=1, progress=False)
+    with pytest.raises(ValueError, match="sample 260 has 9×9"): finetune(pipe, [{"image": x} for x in rows], steps=1, progress=False)
 
 
 # training
@@ -148,9 +150,9 @@ def test_a_checkpoint_of_other_parameters(tmp_path):
 def test_another_sampler_does_not_refuse_a_checkpoint(digits, tmp_path):
     settings, rows = dict(beta_start=1e-4, beta_end=.02, beta_schedule="linear"), digits.select(range(8)).select_columns(["image"])
     for kind in (diffusers.DDPMScheduler, diffusers.EulerDiscreteScheduler):
-        log = train(make_pipeline(scheduler=lambda kind=kind: kind(**settings)), rows, steps=2, batch_size=4, folder=tmp_path, progress=False)
+        log = finetune(make_pipeline(scheduler=lambda kind=kind: kind(**settings)), rows, steps=2, batch_size=4, folder=tmp_path, progress=False)
     assert log.steps == 2
-    with pytest.raises(ValueError, match="model was"): train(make_pipeline(scheduler=lambda: diffusers.DDPMScheduler(beta_end=.03)), rows, steps=2, batch_size=4, folder=tmp_path, progress=False)
+    with pytest.raises(ValueError, match="model was"): finetune(make_pipeline(scheduler=lambda: diffusers.DDPMScheduler(beta_end=.03)), rows, steps=2, batch_size=4, folder=tmp_path, progress=False)
 
 
 def test_leftovers_of_a_killed_saving_are_removed(tokenizer, tmp_path):

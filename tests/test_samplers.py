@@ -11,11 +11,11 @@ from diffusers import (DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 from test_text_to_image import small
 
 from dmin import collect, generate, load_mixture, make_objective, open_store
-from dmin.baselines.trak import JourneyTRAK, clean_estimate, trajectory
-from dmin.evaluation.lds import elbo_weights
+from dmin.methods.trak import clean_estimate, JourneyTRAK, trajectory
+from dmin.measures.lds import elbo_weights
 from dmin.pipelines import network
-from dmin.schedule import noise_schedule, training_settings
-from dmin.tiny import train_tokenizer
+from dmin.core.schedule import noise_schedule, training_settings
+from dmin.families.latent import train_tokenizer
 
 TIMES = torch.tensor([100, 500, 900])
 EVERY_ONE = sorted({*(c.__name__ for c in DDIMScheduler().compatibles), "LCMScheduler", "TCDScheduler", "SASolverScheduler",

@@ -13,8 +13,9 @@ import pytest
 import torch
 from conftest import make_pipeline
 
-from dmin.collect import collect, open_store
-from dmin.store import Manifest, Store
+from dmin.core.store import collect, open_store
+from dmin.core.shards import Manifest
+from dmin.core.store import Store
 
 RECIPE = dict(v=64, timesteps=2, shard_size=4, progress=False)
 
@@ -31,9 +32,9 @@ import sys, time
 sys.path.insert(0, sys.argv[2])
 import torch; torch.set_num_threads(1)
 from conftest import make_pipeline
-from dmin.collect import collect
-from dmin.data import load_images
-from dmin.store import Store
+from dmin.core.store import collect
+from dmin.reproduction.image_sets import load_images
+from dmin.core.store import Store
 write = Store.write
 def slowly(self, rows, *rest): write(self, rows, *rest); print(rows[0], flush=True); time.sleep(.02)
 Store.write = slowly
@@ -187,7 +188,7 @@ def test_open_by_memory_map(tmp_path):
     n, T, v = 64, 10, 65536   # 84 MB
     store = Store.create(tmp_path, Manifest("x", "y", 10**6, list(range(T)), v, shard_size=n, sample_ids=[str(i) for i in range(n)]))
     store.write(range(n), torch.randn(n, T, v), torch.ones(n, T), torch.ones(n, T))
-    script = ("import sys, torch\nfrom dmin.store import Store\ndef rss(): return next(int(l.split()[1]) / 1024 for l in open('/proc/self/status') if l.startswith('VmRSS'))\n"
+    script = ("import sys, torch\nfrom dmin.core.store import Store\ndef rss(): return next(int(l.split()[1]) / 1024 for l in open('/proc/self/status') if l.startswith('VmRSS'))\n"
               "before = rss(); s = Store(sys.argv[1], verify=False); print(rss() - before)")
     grown = float(subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, check=True, timeout=600).stdout)
     assert grown < 20 < os.path.getsize(next(tmp_path.glob("shard-*"))) / 1e6   # MB

@@ -14,12 +14,15 @@ from conftest import one_by_one
 from diffusers import SD3Transformer2DModel, UNet2DConditionModel
 
 from dmin import collect, load_mixture
-from dmin.compression import NoCompression
-from dmin.gradients import PerSampleGradients, sample_gradients
-from dmin.objective import make_objective
-from dmin.pipelines import add_lora, generate, load_pipeline, network, save_lora
-from dmin.tiny import tiny_sd, tiny_sd3, tiny_vae, train_tokenizer
-from dmin.training import train
+from dmin.core.compression import NoCompression
+from dmin.core.gradients import PerSampleGradients, sample_gradients
+from dmin.core.registry import make_objective
+from dmin.lora import add_lora, save_lora
+from dmin.pipelines import generate, load_pipeline, network
+from dmin.families.latent import tiny_vae, train_tokenizer
+from dmin.families.stable_diffusion import tiny_sd
+from dmin.families.stable_diffusion_3 import tiny_sd3
+from dmin.training import finetune
 
 
 @pytest.fixture(scope="session")
@@ -163,7 +166,7 @@ def test_a_region_of_everything_is_the_whole(tokenizer, mixture, tmp_path):
 def test_training_moves_adapters_only(family, tokenizer, mixture):
     pipe = add_lora(small(family, tokenizer))
     before = {name: p.detach().clone() for name, p in network(pipe).named_parameters()}
-    log = train(pipe, mixture, steps=3, batch_size=4, progress=False)
+    log = finetune(pipe, mixture, steps=3, batch_size=4, progress=False)
     moved = {name for name, p in network(pipe).named_parameters() if not torch.equal(p, before[name])}
     assert moved and all("lora_" in name for name in moved) and len(log.losses) == 3
 
@@ -171,7 +174,7 @@ def test_training_moves_adapters_only(family, tokenizer, mixture):
 def test_accumulating_gives_the_same_weights(tokenizer, mixture):
     def trained(**more):
         pipe = add_lora(small("sd3", tokenizer))
-        train(pipe, mixture, steps=4, batch_size=6, ema=0, progress=False, **more)
+        finetune(pipe, mixture, steps=4, batch_size=6, ema=0, progress=False, **more)
         return torch.cat([p.detach().flatten() for n, p in network(pipe).named_parameters() if "lora_" in n])
     assert relative(trained(accumulate=3), trained()) < 1e-3
 
@@ -180,7 +183,7 @@ def test_bfloat16_training(tokenizer, mixture):
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
     AcceleratorState._reset_state(True)
-    try: log = train(add_lora(small("sd3", tokenizer)), mixture, steps=3, batch_size=4, progress=False, accelerator=Accelerator(mixed_precision="bf16"))
+    try: log = finetune(add_lora(small("sd3", tokenizer)), mixture, steps=3, batch_size=4, progress=False, accelerator=Accelerator(mixed_precision="bf16"))
     finally: AcceleratorState._reset_state(True)
     assert np.isfinite(log.losses).all()
 
@@ -320,7 +323,7 @@ def test_pipelines_that_are_not_supported(tokenizer):
     from diffusers import StableDiffusionImg2ImgPipeline
     sd = small("sd", tokenizer)
     other = StableDiffusionImg2ImgPipeline(**sd.components, requires_safety_checker=False)
-    with pytest.raises(TypeError, match="StableDiffusion3Pipeline are.*register_objective"): make_objective(other)
+    with pytest.raises(TypeError, match="StableDiffusion3Pipeline are.*register_family"): make_objective(other)
     with pytest.raises(TypeError, match="register_family"): generate(other, "a rose")
 
 
@@ -333,12 +336,12 @@ def test_adapters_that_do_not_fit(tokenizer, tmp_path):
 
 
 def load_pipeline_with(tokenizer, folder):
-    from dmin.pipelines import load_lora
+    from dmin.lora import load_lora
     return load_lora(small("sd3", tokenizer), folder)
 
 
 def test_no_parameters_to_train(tokenizer, mixture):
-    with pytest.raises(ValueError, match="no parameter matches"): train(small("sd3", tokenizer), mixture, steps=1, parameters="*lora*", progress=False)
+    with pytest.raises(ValueError, match="no parameter matches"): finetune(small("sd3", tokenizer), mixture, steps=1, parameters="*lora*", progress=False)
 
 
 @pytest.mark.parametrize("name, offline", [("sd14-lora", "tiny-sd-lora"), ("sd3-medium-lora", "tiny-sd3-lora"), ("sd3-medium-full", "tiny-sd3-full"), ("nobody/nothing", "tiny-sd3-lora")])
@@ -353,7 +356,7 @@ def test_a_hub_repository_of_the_same_shape(family, tokenizer, mixture, tmp_path
     small(family, tokenizer).save_pretrained(tmp_path / "hub")
     name = "sd14-lora" if family == "sd" else "sd3-medium-lora"
     save_lora(small(family, tokenizer, lora=True), tmp_path / "lora")
-    monkeypatch.setattr(pipelines, "_locate", lambda name: str(tmp_path / "hub"))
+    monkeypatch.setattr(pipelines, "locate_pipeline", lambda name: str(tmp_path / "hub"))
     with pytest.MonkeyPatch.context() as m:
         m.setitem(pipelines.PIPELINES, name, __import__("dataclasses").replace(pipelines.PIPELINES[name], lora=None if family == "sd" else str(tmp_path / "lora")))
         if family == "sd":
@@ -364,7 +367,7 @@ def test_a_hub_repository_of_the_same_shape(family, tokenizer, mixture, tmp_path
 
 
 def test_recipes_are_the_papers():
-    from dmin.data import data_folder
+    from dmin.core.runtime import data_folder
     from dmin.pipelines import PIPELINES
     names = {"SD 1.4 (LoRA)": "sd14-lora", "SD 3 Medium (LoRA)": "sd3-medium-lora", "SD 3 Medium (Full)": "sd3-medium-full"}
     with open(data_folder() / "published" / "dmin_table7_training.csv") as f: published = {r["model"]: r for r in csv.DictReader(f)}

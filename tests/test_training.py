@@ -6,11 +6,11 @@ import sys
 
 RUN = """
 import hashlib, sys
-from dmin.data import load_images
-from dmin.tiny import tiny_ddpm
-from dmin.training import train
+from dmin.reproduction.image_sets import load_images
+from dmin.families.ddpm import tiny_ddpm
+from dmin.training import finetune
 pipe = tiny_ddpm(channels=(16, 32))
-train(pipe, load_images("mnist_5k", size=16).select(range(64)), steps=16, batch_size=8, folder=sys.argv[1], save_every=3, progress=False,
+finetune(pipe, load_images("mnist_5k", size=16).select(range(64)), steps=16, batch_size=8, folder=sys.argv[1], save_every=3, progress=False,
       callback=lambda step, loss: print("step", step, flush=True))
 print("weights", hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in pipe.unet.parameters())).hexdigest())
 """

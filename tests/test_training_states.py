@@ -12,12 +12,12 @@ import torch
 from safetensors.torch import save_file
 
 import dmin.training
-from dmin.data import load_images
-from dmin.files import locked, read_tensors
-from dmin.objective import make_objective
+from dmin.reproduction.image_sets import load_images
+from dmin.core.files import locked, read_tensors
+from dmin.core.registry import make_objective
 from dmin.pipelines import load_pipeline
-from dmin.tiny import tiny_ddpm
-from dmin.training import TrainingLog, _encoder, _read_checkpoint, fit, save_trained, train, training_record
+from dmin.families.ddpm import tiny_ddpm
+from dmin.training import _encoder, _read_checkpoint, fit, save_trained, finetune, training_record, TrainingLog
 
 LOG = TrainingLog(np.ones(2), np.ones(2), batch_size=4, n_train=8, seed=0, seconds=1.)
 
@@ -60,13 +60,13 @@ def test_numbers_that_make_no_sense(bad, few, tmp_path, monkeypatch):
     pipe = small()
     before = weights(pipe)
     with pytest.raises(ValueError, match=rf"{name}(\[\d\])?="):
-        train(pipe, few, **dict(steps=1, batch_size=2, folder=folder, progress=False) | bad)
+        finetune(pipe, few, **dict(steps=1, batch_size=2, folder=folder, progress=False) | bad)
     assert not folder.exists() and torch.equal(weights(pipe), before)
 
 
 @pytest.mark.parametrize("epochs", [0, -1, NAN, INF, "1"])
 def test_epochs_that_make_no_sense(epochs, few):
-    with pytest.raises(ValueError, match="epochs="): train(small(), few, epochs=epochs, progress=False)
+    with pytest.raises(ValueError, match="epochs="): finetune(small(), few, epochs=epochs, progress=False)
 
 
 def test_other_kinds_of_numbers():
@@ -141,7 +141,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, monkeypatch):
 def test_two_runs_in_one_folder(few, tmp_path, monkeypatch):
     monkeypatch.setattr(dmin.training, "_encoder", lambda *a, **k: pytest.fail("encoded before the check"))
     with locked(tmp_path, "training"):
-        for run in (lambda: fit_line(folder=tmp_path), lambda: train(small(), few, steps=1, folder=tmp_path, progress=False)):
+        for run in (lambda: fit_line(folder=tmp_path), lambda: finetune(small(), few, steps=1, folder=tmp_path, progress=False)):
             with pytest.raises(ValueError, match=f"another process is training in {tmp_path}: .*choose another folder"): run()
         assert fit_line(folder=tmp_path / "other") == fit_line()
     assert not (tmp_path / "checkpoint.safetensors").exists()
@@ -215,7 +215,7 @@ def test_encoding_needs_no_gradients(few, monkeypatch):
 
 def test_formats_change_nothing(few):
     pipes = [small(), small()]
-    for pipe, samples in zip(pipes, (few, few.with_format("numpy"))): train(pipe, samples, steps=2, batch_size=4, progress=False)
+    for pipe, samples in zip(pipes, (few, few.with_format("numpy"))): finetune(pipe, samples, steps=2, batch_size=4, progress=False)
     assert torch.equal(*map(weights, pipes))
 
 
@@ -223,7 +223,7 @@ def test_transforms_are_refused(few):
     pipe = small()
     before = weights(pipe)
     with pytest.raises(ValueError, match="transform"):
-        train(pipe, few.with_transform(lambda rows: rows), steps=1, batch_size=2, progress=False)
+        finetune(pipe, few.with_transform(lambda rows: rows), steps=1, batch_size=2, progress=False)
     assert torch.equal(weights(pipe), before)
 
 
@@ -251,8 +251,8 @@ def test_a_failed_save_changes_nothing(part, tmp_path, monkeypatch):
 FULL = """
 import resource, signal, sys
 import numpy as np
-from dmin.tiny import tiny_ddpm
-from dmin.training import TrainingLog, save_trained
+from dmin.families.ddpm import tiny_ddpm
+from dmin.training import save_trained, TrainingLog
 log = TrainingLog(np.ones(2), np.ones(2), batch_size=4, n_train=8, seed=0, seconds=1.)
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
@@ -288,7 +288,7 @@ def test_changing_the_folder_moves_nothing(few, tmp_path, monkeypatch):
     (tmp_path / "here").mkdir(), (tmp_path / "there").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     pipe, go = small(), lambda *a: os.chdir(tmp_path / "there")
-    log = train(pipe, few, steps=2, batch_size=2, folder="run", save_every=1, callback=go, progress=False)
+    log = finetune(pipe, few, steps=2, batch_size=2, folder="run", save_every=1, callback=go, progress=False)
     os.chdir(tmp_path / "here")
     save = type(pipe).save_pretrained
     monkeypatch.setattr(type(pipe), "save_pretrained", lambda *a, **k: (save(*a, **k), go()))
@@ -301,7 +301,7 @@ def test_changing_the_folder_moves_nothing(few, tmp_path, monkeypatch):
 @pytest.mark.parametrize("folder", [3, ""])
 def test_folders_that_are_none(folder, few):
     with pytest.raises(TypeError, match="a path is needed"): fit_line(folder=folder)
-    with pytest.raises(TypeError, match="a path is needed"): train(small(), few, steps=1, folder=folder, progress=False)
+    with pytest.raises(TypeError, match="a path is needed"): finetune(small(), few, steps=1, folder=folder, progress=False)
     with pytest.raises(TypeError, match="a path is needed"): save_trained(small(), folder, LOG)
 
 

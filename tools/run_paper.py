@@ -59,8 +59,9 @@ def main() -> int:
     folder, made = places(preset, os.environ.get("DMIN_OUT"))
     os.environ["DMIN_OUT"] = str(made)
     sys.path.insert(0, str(ROOT))
-    from dmin.evaluation.claims import paper_notebooks, results_root
-    from dmin.evaluation.results import machine, results_folder
+    from dmin.reproduction.claims import paper_notebooks, results_root
+    from dmin.core.runtime import machine
+    from dmin.reproduction.results import results_folder
     names = paper_notebooks()
     if unknown := [n for n in args.names if n not in names]: parser.error(f"there is no notebook {unknown[0]!r} in nbs/paper; there are {', '.join(names)}")
 
