@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dmin.core.runtime import data_folder
-from dmin.measures.lds import random_subsets, Retrained
+from dmin.measures.lds import random_subsets
+from dmin.measures.retrained import Retrained
 from dmin.reproduction.retraining_benchmark import Recipe, RetrainingBenchmark
 
 MASKS = random_subsets(20, 4)
