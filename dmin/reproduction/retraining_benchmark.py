@@ -25,7 +25,8 @@ from ..core.objective import draw_noise
 from ..core.registry import make_objective
 from ..core.runtime import data_folder, launched_processes
 from ..families.ddpm import tiny_ddpm
-from ..measures.lds import elbo_weights, random_subsets, Retrained
+from ..measures.lds import elbo_weights, random_subsets
+from ..measures.retrained import Retrained
 from ..pipelines import generate, load_pipeline
 from .image_sets import load_images
 from ..training import save_trained, finetune
