@@ -14,7 +14,8 @@ from nbdev.serve import proc_nbs
 from traitlets.config import Config
 
 ROOT = Path(__file__).resolve().parent.parent
-PRIORITY = ["text/markdown", "image/png", "image/svg+xml", "text/html", "text/plain"]  # GitHub strips styles and inline pictures
+# GitHub strips styles and inline pictures
+PRIORITY = ["text/markdown", "image/png", "image/jpeg", "image/svg+xml", "text/html", "text/plain"]
 
 
 def processed(index: Path) -> nbformat.NotebookNode:
