@@ -9,14 +9,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dmin.core.runtime import data_folder
-<<<<<<< HEAD
 from dmin.measures.lds import random_subsets
 from dmin.measures.retrained import Retrained
-from dmin.reproduction.retraining_benchmark import Recipe, RetrainingBenchmark
-=======
-from dmin.measures.lds import random_subsets, Retrained
 from dmin.reproduction.retraining_benchmark import BenchmarkRecipe, RetrainingBenchmark
->>>>>>> repro
 
 MASKS = random_subsets(20, 4)
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['storing', 'write_atomically', 'remove_leftovers', 'write_folder', 'locked', 'damaged', 'check_readable', 'checksum',
-           'write_tensors', 'read_tensors', 'read_json']
+           'write_tensors', 'read_tensors', 'read_json', 'folder_bytes']
 
 # %% ../../nbs/core/02_files.ipynb #f155e5ef
 import errno
@@ -289,3 +289,10 @@ def read_json(path: Path, fields: Mapping[str, type | tuple], way_out: str) -> d
         if not isinstance(content[name], kind) or isinstance(content[name], bool):
             raise damaged(path, f"cannot be read: {name} is {content[name]!r}", way_out)
     return content
+
+# %% ../../nbs/core/02_files.ipynb #0df7d8a0
+def folder_bytes(
+    folder: Path,
+) -> int:         # bytes of all files in it and in the folders below; 0 where there is no folder
+    """The size of a folder's files."""
+    return sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())

@@ -311,6 +311,7 @@ def _sample_id(image: Image.Image | None, prompt: str | None, name: str = "a row
 def sample_ids(
     dataset,                # with a column `image`, and `prompt` if there are prompts; see `as_samples`
     name: str = "sample",   # what errors call a row
+    check=None,             # called with each image and its name, so that an image is decoded once for both
 ) -> list[str]:             # 16 hexadecimal characters each
     """What identifies each sample: a 64-bit BLAKE2b hash of its pixels, mode, size and prompt.
 
@@ -323,6 +324,7 @@ def sample_ids(
     for i in bar(range(len(samples)), "hashing", delay=2, leave=False):
         with _reading(f"{name} {i}"): row = next(rows)
         ids.append(_sample_id(row["image"], row.get("prompt"), f"{name} {i}"))
+        if check is not None: check(row["image"], f"{name} {i}")
     return ids
 
 # %% ../../nbs/core/03_images.ipynb #3afdfd11

@@ -50,11 +50,9 @@ class DDPMObjective(Objective):
         """
         return {"z0": images_to_tensor(samples["image"], self.shape[1:], self.shape[0], names)}
 
-    def check(self, samples) -> None:
-        """Raises `ValueError` for the first image of another size, mode or value range."""
-        for first in range(0, len(samples), 256):
-            rows = range(first, min(len(samples), first + 256))
-            self.encode(samples.select(rows)[:], [f"sample {i}" for i in rows])
+    def check_image(self, image, name: str) -> None:
+        """Raises `ValueError` for an image of another size, mode or value range."""
+        images_to_tensor([image], self.shape[1:], self.shape[0], [name])
 
     def predict(self, encoded: dict, t: torch.Tensor, eps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """What the network predicts, and what it should, (n, *shape) each."""

@@ -228,9 +228,9 @@ class LatentObjective(Objective):
         """The frozen models that `encode` uses: the autoencoder."""
         return [self.autoencoder]
 
-    def check(self, samples) -> None:
+    def check_image(self, image, name: str) -> None:
         """Raises `ValueError` for an image whose values are not 8-bit."""
-        for i, row in enumerate(samples.select_columns(["image"])): to_rgb(row["image"], f"sample {i}")
+        to_rgb(image, name)
 
     @torch.no_grad()
     def encode(self, samples, names=None) -> dict[str, torch.Tensor]:
@@ -285,11 +285,8 @@ class PromptedObjective(LatentObjective):
         return draw_noise(self.shape, [0], seed, noises).expand(len(timesteps), *[-1] * (1 + len(self.shape)))
 
     def check(self, samples) -> None:
-        """Raises `ValueError` for a missing or empty prompt and for an image whose values are not 8-bit;
-        warns of prompts that are cut.
-        """
+        """Raises `ValueError` for a missing or empty prompt; warns of prompts that are cut."""
         _warn_if_cut(self.pipe.tokenizer, _check_prompts(samples))
-        super().check(samples)
 
     @torch.no_grad()
     def embed(self, samples, names=None) -> dict[str, torch.Tensor]:
