@@ -4,16 +4,15 @@
 
 # %% auto #0
 __all__ = ['DATA', 'MIXTURE', 'RETRAINING', 'TRAINING', 'BENCHMARKS', 'SIZES', 'GROUPS', 'PRESETS', 'Row', 'in_words',
-           'PresetTable', 'preset']
+           'preset_table', 'preset']
 
 # %% ../../nbs/reproduction/02_presets.ipynb #8b236d9e
 import os
 from collections.abc import Mapping
-from textwrap import shorten
 from types import SimpleNamespace
 from typing import NamedTuple
 
-from ..measures.tables import html_table, text_table
+from ..measures.tables import Table
 
 # %% ../../nbs/reproduction/02_presets.ipynb #8b675027
 class Row(NamedTuple):
@@ -130,23 +129,13 @@ def in_words(value) -> str:
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 # %% ../../nbs/reproduction/02_presets.ipynb #0038a851
-def _shortened(row: list[str]) -> list[str]:
-    """Its field and values, so that a line is not too long."""
-    return [shorten(cell, 28, placeholder="…") for cell in row[:4]]
-
-
-class PresetTable:
-    """The presets side by side, a row a field. Draws itself in a notebook; `print` shows plain text."""
-
-    def __init__(self, groups: Mapping[str, Mapping[str, Row]] = GROUPS):   # title -> field -> row
-        self.rows = [["", *SIZES, ""]]
-        for title, fields in groups.items():
-            self.rows.append([title.upper(), "", "", "", ""])
-            for field, row in fields.items():
-                self.rows.append([field, *map(in_words, row[:3]), row.about])
-
-    def __repr__(self): return text_table([_shortened(row) for row in self.rows])
-    def _repr_html_(self): return html_table(self.rows, "what each preset is")
+def preset_table(groups: Mapping[str, Mapping[str, Row]] = GROUPS) -> Table:   # title -> field -> row
+    """The presets side by side, a row a field."""
+    cells = []
+    for title, fields in groups.items():
+        cells.append([title.upper(), "", "", "", ""])
+        for field, row in fields.items(): cells.append([field, *map(in_words, row[:3]), row.about])
+    return Table(["", *SIZES, ""], cells, "what each preset is")
 
 # %% ../../nbs/reproduction/02_presets.ipynb #b6f125b2
 def preset(
