@@ -9,10 +9,6 @@ __all__ = ['add_lora', 'write_lora', 'save_lora', 'load_lora']
 from collections.abc import Sequence
 from pathlib import Path
 
-from diffusers import DiffusionPipeline
-from diffusers.utils import (
-    convert_state_dict_to_diffusers, convert_state_dict_to_peft, convert_unet_state_dict_to_peft)
-from peft import get_peft_model_state_dict, LoraConfig
 import torch
 
 from .core.checks import absolute_folder, finite, whole, whole_seed
@@ -20,73 +16,90 @@ from .core.files import write_folder
 from .core.objective import network
 from .core.runtime import hub_unreachable, quiet_libraries
 
+# %% ../nbs/00_lora.ipynb #188d8e26
+_ADAPTED = ("the pipeline has adapters already: finetune goes on with them; "
+            "pipe.unload_lora_weights() removes them")
+
+
+def _check_targets(model: torch.nn.Module, targets: Sequence[str]) -> None:
+    """Raises `ValueError` where a network has adapters, or no layer whose name ends in one of `targets`."""
+    if getattr(model, "peft_config", None):
+        raise ValueError(_ADAPTED)
+    endings = tuple("." + target for target in targets)
+    if any(f".{name}".endswith(endings) for name, _ in model.named_modules()): return
+    linear = [name for name, layer in model.named_modules() if isinstance(layer, torch.nn.Linear)]
+    raise ValueError(
+        f"no layer's name ends in {', '.join(targets)}: names look like {', '.join(linear[:3])}, …")
+
+# %% ../nbs/00_lora.ipynb #e291a80c
+def _in_float32(model: torch.nn.Module) -> None:
+    """Adapters in half precision do not learn."""
+    for name, p in model.named_parameters():
+        if "lora_" in name: p.data = p.data.float()
+
 # %% ../nbs/00_lora.ipynb #662429ff
 def add_lora(
-    pipe: DiffusionPipeline,
+    pipe,                      # a diffusers pipeline
     rank: int = 4,             # of each adapter
     alpha: float = 8,          # the adapter's output is multiplied by alpha / rank
     targets: Sequence[str] = ("to_k", "to_q", "to_v", "to_out.0"),   # how the names of the adapted layers end
     seed: int = 0,             # of the initial weights
-) -> DiffusionPipeline:
-    """New adapters in a pipeline's network, in place.
+):
+    """New adapters in a pipeline's network, in place; returns the pipeline.
 
     Raises `ValueError` for a rank, alpha or seed that is none, when there are adapters already or no layer
     has such a name. Source: Hu et al. 2021; rank, alpha and layers by DMin, Table 7.
     """
-    rank, seed, model = whole("rank", rank), whole_seed("seed", seed), network(pipe)
-    alpha = finite("alpha", alpha, above=0)
-    if getattr(model, "peft_config", None):
-        raise ValueError(
-            "the pipeline has adapters already: train goes on with them; pipe.unload_lora_weights() removes"
-            " them"
-        )
-    if not any(name == t or name.endswith("." + t) for name, _ in model.named_modules() for t in targets):
-        raise ValueError(
-            f"no layer's name ends in {', '.join(targets)}: names look like"
-            f" {', '.join([n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)][:3])}, …"
-        )
+    from peft import LoraConfig
+
+    rank, alpha, seed = whole("rank", rank), finite("alpha", alpha, above=0), whole_seed("seed", seed)
+    alpha, model = int(alpha) if alpha.is_integer() else alpha, network(pipe)
+    _check_targets(model, targets)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model.add_adapter(
-            LoraConfig(
-                r=rank,
-                lora_alpha=int(alpha) if alpha.is_integer() else alpha,
-                init_lora_weights="gaussian",
-                target_modules=list(targets)))
-    for name, p in model.named_parameters():
-        if "lora_" in name: p.data = p.data.float()   # half-precision adapters do not learn
+        model.add_adapter(LoraConfig(
+            r=rank, lora_alpha=alpha, init_lora_weights="gaussian", target_modules=list(targets)))
+    _in_float32(model)
     return pipe
 
 # %% ../nbs/00_lora.ipynb #8c533efe
-def _adapted(pipe: DiffusionPipeline) -> dict[str, torch.nn.Module]:
+def _adapted(pipe) -> dict[str, torch.nn.Module]:
     """The network and text encoders of a pipeline that have adapters, by name."""
     parts = {name: getattr(pipe, name, None) for name in getattr(pipe, "_lora_loadable_modules", ())}
     return {name: part for name, part in parts.items() if getattr(part, "peft_config", None)}
 
 
 def _adapters(part: torch.nn.Module, name: str) -> dict[str, torch.Tensor]:
+    """The weights of a part's adapters of that name, by the names of its layers."""
+    from peft import get_peft_model_state_dict
+
     return get_peft_model_state_dict(part, adapter_name=name, save_embedding_layers=False)
 
 # %% ../nbs/00_lora.ipynb #17bf8874
-def write_lora(pipe: DiffusionPipeline, folder: Path) -> None:
+def write_lora(
+    pipe,           # a diffusers pipeline with adapters
+    folder: Path,   # which is there
+) -> None:
     """What `save_lora` puts into a folder. Raises `ValueError` when a part has no adapters, or several."""
-    if not _adapted(pipe):
+    adapted, layers = _adapted(pipe), {}
+    if not adapted:
         raise ValueError("the pipeline has no adapters to save: add_lora(pipe) puts them in, "
                          "pipe.save_pretrained(folder) saves a whole one")
-    what = {}
-    for kind, part in _adapted(pipe).items():
-        if len(part.peft_config) > 1:
+    for kind, part in adapted.items():
+        names = list(part.peft_config)
+        if len(names) > 1:
             raise ValueError(
-                f"the pipeline's {kind} has the adapters {', '.join(part.peft_config)}, and a file holds one:"
-                " keep that one,"
-                " pipe.delete_adapters([…]) removes the others")
-        name, config = next(iter(part.peft_config.items()))
-        what[f"{kind}_lora_layers"] = _adapters(part, name)
-        what[f"{kind}_lora_adapter_metadata"] = config.to_dict()
-    pipe.save_lora_weights(str(folder), **what)
+                f"the pipeline's {kind} has the adapters {', '.join(names)}, and a file holds one: "
+                "keep that one, pipe.delete_adapters([…]) removes the others")
+        layers[f"{kind}_lora_layers"] = _adapters(part, names[0])
+        layers[f"{kind}_lora_adapter_metadata"] = part.peft_config[names[0]].to_dict()
+    pipe.save_lora_weights(str(folder), **layers)
 
-
-def save_lora(pipe: DiffusionPipeline, folder: str | Path) -> None:
+# %% ../nbs/00_lora.ipynb #ae27401c
+def save_lora(
+    pipe,                 # a diffusers pipeline with adapters
+    folder: str | Path,   # takes the place of one of that name
+) -> None:
     """The adapters of a pipeline as `diffusers` saves them, with rank and alpha, whole or not at all.
 
     Raises `ValueError` when there are none, and `OSError` that says what could not be written, and why.
@@ -94,21 +107,24 @@ def save_lora(pipe: DiffusionPipeline, folder: str | Path) -> None:
     write_folder(absolute_folder(folder), lambda temporary: write_lora(pipe, temporary))
 
 # %% ../nbs/00_lora.ipynb #69db1879
-def _read_lora(pipe: DiffusionPipeline, where: str) -> dict[str, torch.Tensor]:
+def _unreadable(where: str, e: Exception) -> OSError:
+    """Why there are no adapters to be read."""
+    if Path(where).exists():
+        return OSError(
+            f"no adapters can be read in {where}: only safetensors are read; save_lora, or diffusers' "
+            f"save_lora_weights, writes pytorch_lora_weights.safetensors. ({str(e)[:200]})")
+    if where.startswith(("/", ".", "~")): return OSError(f"there are no adapters in {where}: no such folder")
+    return hub_unreachable(where, "tiny-sd3-lora", e)
+
+
+def _read_lora(pipe, where: str) -> dict[str, torch.Tensor]:
     """The adapters of a folder, a file or a Hub id, by the names that `diffusers` gives them."""
     try:
-        with quiet_libraries(): found = pipe.lora_state_dict(where, use_safetensors=True)
+        with quiet_libraries(): state = pipe.lora_state_dict(where, use_safetensors=True)
     # offline, diffusers raises ValueError for a Hub id; for unknown formats, whatever happens
     except Exception as e:
-        if not Path(where).exists():
-            if where.startswith(("/", ".", "~")):
-                raise OSError(f"there are no adapters in {where}: no such folder") from e
-            raise hub_unreachable(where, "tiny-sd3-lora", e) from e
-        raise OSError(
-            f"no adapters can be read in {where}: only safetensors are read; save_lora, or diffusers' "
-            f"save_lora_weights, writes pytorch_lora_weights.safetensors. ({str(e)[:200]})"
-        ) from e
-    state = found[0] if isinstance(found, tuple) else found
+        raise _unreadable(where, e) from e
+    if isinstance(state, tuple): state = state[0]   # with Kohya's alphas behind it
     if not any("lora" in key for key in state):
         raise ValueError(f"{where} holds no adapters: its tensors are called {', '.join(list(state)[:2])}, …")
     return state
@@ -116,63 +132,67 @@ def _read_lora(pipe: DiffusionPipeline, where: str) -> dict[str, torch.Tensor]:
 # %% ../nbs/00_lora.ipynb #648a2e2e
 def _as_peft_names(part: torch.nn.Module, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """A part's adapters by the names that its layers have, as `diffusers` finds them when it loads."""
-    if not state or any("lora_A" in key for key in state): pass
-    elif hasattr(part, "load_lora_adapter"): state = convert_unet_state_dict_to_peft(state)
-    else: state = convert_state_dict_to_peft(convert_state_dict_to_diffusers(state))
-    flat = not hasattr(part, "load_lora_adapter") and not hasattr(part, "text_model")
-    return {key.removeprefix("text_model.") if flat else key: x for key, x in state.items()}
+    from diffusers import utils
 
-
-def _lost(pipe: DiffusionPipeline, state: dict[str, torch.Tensor]) -> list[str]:
-    """What of a file's adapters is not in the pipeline as it is in the file, and what is in the pipeline
-    alone.
-    """
-    lost = [key for key in state if key.split(".")[0] not in pipe._lora_loadable_modules]
-    for kind in pipe._lora_loadable_modules:
-        part, mine = getattr(pipe, kind, None), f"{kind}."
-        wanted = {key.removeprefix(mine): x for key, x in state.items() if key.startswith(mine)}
-        there = _adapters(part, "default") if getattr(part, "peft_config", None) else {}
-        if part is not None: wanted = _as_peft_names(part, wanted)
-        kept = [key for key, x in wanted.items() if key in there and _same(there[key], x, part.dtype)]
-        lost += sorted(mine + key for key in (wanted.keys() | there.keys()) - set(kept))
-    return lost
+    denoiser = hasattr(part, "load_lora_adapter")
+    if state and not any("lora_A" in key for key in state):
+        if denoiser: state = utils.convert_unet_state_dict_to_peft(state)
+        else: state = utils.convert_state_dict_to_peft(utils.convert_state_dict_to_diffusers(state))
+    if denoiser or hasattr(part, "text_model"): return state
+    return {key.removeprefix("text_model."): x for key, x in state.items()}
 
 # %% ../nbs/00_lora.ipynb #30fe83b7
 def _same(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> bool:
+    """Whether two tensors are equal in a precision; on the device "meta" nothing is."""
     return a.device.type != "meta" and torch.equal(a.detach().cpu().to(dtype), b.cpu().to(dtype))
 
+
+def _lost(pipe, state: dict[str, torch.Tensor]) -> list[str]:
+    """What is not in the pipeline as it is in a file's adapters, or in the pipeline alone."""
+    lost = [key for key in state if key.split(".")[0] not in pipe._lora_loadable_modules]
+    for kind in pipe._lora_loadable_modules:
+        part, start = getattr(pipe, kind, None), f"{kind}."
+        wanted = {key.removeprefix(start): x for key, x in state.items() if key.startswith(start)}
+        if part is not None: wanted = _as_peft_names(part, wanted)
+        there = _adapters(part, "default") if getattr(part, "peft_config", None) else {}
+        kept = {key for key, x in wanted.items() if key in there and _same(there[key], x, part.dtype)}
+        lost += sorted(start + key for key in (wanted.keys() | there.keys()) - kept)
+    return lost
+
+# %% ../nbs/00_lora.ipynb #359dd47b
+def _insert(pipe, where: str, state: dict[str, torch.Tensor]) -> None:
+    """Lets `diffusers` load adapters. Raises whatever it raises, and `ValueError` when some are lost."""
+    with quiet_libraries(): pipe.load_lora_weights(where, adapter_name="default", use_safetensors=True)
+    if lost := _lost(pipe, state):
+        raise ValueError(f"{len(lost)} of their {len(state)} tensors, such as {lost[0]}, have no place in it")
+
+
+def _learning(pipe) -> list[tuple[torch.nn.Parameter, bool]]:
+    """Each parameter of a pipeline, and whether it is trained."""
+    parts = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
+    return [(p, p.requires_grad) for p in torch.nn.ModuleList(parts).parameters()]
+
 # %% ../nbs/00_lora.ipynb #01beee55
-def load_lora(pipe: DiffusionPipeline, where: str | Path) -> DiffusionPipeline:
-    """Adapters from a folder, a file or the Hub into a pipeline's network and text encoders, in place.
+def load_lora(
+    pipe,                # a diffusers pipeline that takes adapters
+    where: str | Path,   # a folder, a file or a Hub id
+):
+    """Adapters into a pipeline's network and text encoders, in place; returns the pipeline.
 
     Reads what `diffusers` reads, from safetensors only. Raises `ValueError` when there are adapters already
-    or when not all of the new ones fit, and `OSError` when they cannot be read; then the pipeline is as it
-    was.
+    or not all new ones fit, `OSError` when they cannot be read; then the pipeline is as it was.
     """
+    kind, where = type(pipe).__name__, str(where)
     if not hasattr(pipe, "lora_state_dict"):
-        raise ValueError(
-            f"{type(pipe).__name__} takes no adapters: StableDiffusionPipeline and StableDiffusion3Pipeline"
-            " do"
-        )
+        raise ValueError(f"{kind} takes no adapters: StableDiffusionPipeline and StableDiffusion3Pipeline do")
     if _adapted(pipe):
-        raise ValueError("the pipeline has adapters already: pipe.unload_lora_weights() removes them")
-    state, parts = (
-        _read_lora(pipe, str(where)),
-        [x for x in pipe.components.values() if isinstance(x, torch.nn.Module)])
-    before = [(p, p.requires_grad) for part in parts for p in part.parameters()]
-    try:
-        with quiet_libraries():
-            pipe.load_lora_weights(str(where), adapter_name="default", use_safetensors=True)
-        if lost := _lost(pipe, state):
-            raise ValueError(
-                f"{len(lost)} of their {len(state)} tensors, such as {lost[0]}, have no place in it")
+        raise ValueError(_ADAPTED)
+    state, before = _read_lora(pipe, where), _learning(pipe)
+    try: _insert(pipe, where, state)
     except Exception as e:   # what diffusers raises depends on what is wrong
         pipe.unload_lora_weights()
         for p, learns in before: p.requires_grad_(learns)
-        raise ValueError(
-            f"the adapters in {where} do not fit {type(network(pipe)).__name__}: {str(e)[:300]}. "
-            "Load them into the pipeline that they were trained for"
-        ) from e
-    for name, p in network(pipe).named_parameters():
-        if "lora_" in name: p.data = p.data.float()
+        misfit = f"the adapters in {where} do not fit {type(network(pipe)).__name__}: {str(e)[:300]}. "
+        raise ValueError(misfit + "Load them into the pipeline that they were trained for") from e
+    _in_float32(network(pipe))
     return pipe

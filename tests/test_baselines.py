@@ -16,7 +16,8 @@ from dmin.methods.similarity import CLIP, Random, RawPixels, SSIM
 from dmin.methods.trak import Ensemble, JourneyTRAK, TRAK
 from dmin.methods.whitened import WhitenedDMin
 from dmin.measures.detection import detection_table
-from dmin.measures.lds import ceiling_per_query, lds_per_query, random_subsets, Retrained
+from dmin.measures.lds import ceiling_per_query, lds_per_query, random_subsets
+from dmin.measures.retrained import Retrained
 from dmin.measures.intervals import interval
 from dmin.families.ddpm import tiny_ddpm
 
@@ -120,7 +121,8 @@ def test_seeds_are_averaged():
 
 RETRAIN = """
 import sys, torch
-from dmin.measures.lds import random_subsets, Retrained
+from dmin.measures.lds import random_subsets
+from dmin.measures.retrained import Retrained
 def retrain(rows, seed):
     print("trained", flush=True)
     return {"losses": torch.full((2, 3), float(rows.sum()) + seed)}

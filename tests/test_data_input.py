@@ -18,7 +18,7 @@ from dmin.measures.detection import detection_table
 from dmin.measures.lds import LDSTable
 from dmin.measures.noised import noise_table
 from dmin.measures.intervals import Interval
-from dmin.measures.tables import html_table
+from dmin.measures.tables import Table
 from dmin.reproduction.mixture import add_noise, build_mixture, load_mixture, plan_mixture, Subset
 from dmin.core.show import attribution_html, Strip
 
@@ -284,7 +284,7 @@ def table(*names):
 
 
 PAGES = {
-    "strips": lambda: attribution_html([Strip(photo(), EVIL, [photo()], [f"{EVIL}\n{EVIL}"], EVIL)]), "table": lambda: html_table([[EVIL, EVIL], [EVIL, EVIL]], EVIL),
+    "strips": lambda: attribution_html([Strip(photo(), EVIL, [photo()], [f"{EVIL}\n{EVIL}"], EVIL)]), "table": lambda: Table([EVIL, EVIL], [[EVIL, EVIL]], EVIL, groups=[(EVIL, 2)], lead=EVIL)._repr_html_(),
     "detection": lambda: table(EVIL)._repr_html_(), "LDS": lambda: LDSTable({EVIL: {EVIL: Interval(1., 0., 2.)}}, 3, 4)._repr_html_(),
     "comparison": lambda: Comparison({EVIL: {EVIL: 1.}}, {EVIL: {EVIL: 2.}}, EVIL, EVIL)._repr_html_(),
     "costs": lambda: CostTable({EVIL: Cost(1., 1., 1., 1, 1)})._repr_html_(), "noise": lambda: noise_table({EVIL: np.arange(4)}, [True, False, True, False], draws=3)._repr_html_()}

@@ -317,7 +317,7 @@ def test_more_shards_than_may_be_mapped(tmp_path, monkeypatch):
     monkeypatch.setattr("dmin.core.shards.OPEN_SHARDS", 7)
     few = Store(store.folder)
     for _ in range(2):
-        assert torch.equal(few.vectors(), everything) and torch.equal(few.influence(one).values, scores) and len(few._shards._open) <= 7
+        assert torch.equal(few.vectors(), everything) and torch.equal(few.influence(one).values, scores) and len(few._files.mapped) <= 7
     del store
     if Path("/proc/self/maps").exists():
         import gc

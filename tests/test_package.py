@@ -1,5 +1,7 @@
 """The package as others meet it: what it imports, what it ships, and that plain diffusers opens what it ships."""
+import ast
 import json
+import pickle
 import re
 import subprocess
 import sys
@@ -9,6 +11,7 @@ import numpy as np
 import pytest
 from diffusers import DDPMPipeline, StableDiffusion3Pipeline, StableDiffusionPipeline
 
+import dmin
 from dmin.core.runtime import data_folder
 from dmin.pipelines import PIPELINES
 from dmin.training import training_record
@@ -16,9 +19,64 @@ from dmin.training import training_record
 ROOT = Path(__file__).parents[1]
 
 
+def run(script, *arguments):
+    """What a script prints, and what it says on standard error, in a process of its own."""
+    done = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True, check=True, timeout=600)
+    return done.stdout.strip(), done.stderr
+
+
+def imports(path):
+    """The names that a module imports from the package while nothing runs it: name -> module."""
+    block = next(n for n in ast.parse(path.read_text()).body if isinstance(n, ast.If) and ast.unparse(n.test) == "TYPE_CHECKING")
+    return {name.name: n.module for n in block.body for name in n.names}
+
+
+LOADED = "import sys; {}; print(*sorted({{m.split('.')[0] for m in sys.modules}} & set(sys.argv[1:])))"
+HEAVY = ("diffusers", "transformers", "peft", "accelerate", "datasets", "matplotlib", "scipy", "hnswlib", "torch")
+TOOLS = ("nbdev", "fastcore", "pytest", "IPython")
+
+
 def test_imports_no_development_tools():
-    script = "import sys, dmin; print([m for m in ('nbdev', 'fastcore', 'pytest', 'IPython', 'hnswlib') if m in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=600).stdout.strip() == "['hnswlib']"
+    everything = "import dmin; [getattr(dmin, name) for name in dmin.__all__]"
+    assert run(LOADED.format(everything), *TOOLS)[0] == ""
+
+
+def test_import_loads_nothing_heavy():
+    assert run(LOADED.format("import dmin"), *HEAVY) == ("", "")
+
+
+def test_every_name_is_there_when_asked_for():
+    assert len(set(dmin.__all__)) == len(dmin.__all__) and {*dmin.__all__} <= {*dir(dmin)}
+    for name in dmin.__all__:
+        assert getattr(dmin, name).__name__ == name
+        assert pickle.loads(pickle.dumps(getattr(dmin, name))) is getattr(dmin, name)
+
+
+def test_type_checkers_see_the_same_names():
+    assert imports(ROOT / "dmin" / "__init__.py") == dmin._PLACES and {*dmin._PLACES} == {*dmin.__all__}
+
+
+@pytest.mark.parametrize("script, printed", [
+    ("import dmin; print(dmin.collect.__module__, 'collect' in vars(dmin))", "dmin.core.store True"),
+    ("from dmin import *; print(Store.__name__, load_pipeline.__module__)", "Store dmin.pipelines"),
+    ("import dmin; print(hasattr(dmin, 'collects'), dmin.__version__ > '')", "False True"),
+    ("from dmin import pipelines; print(pipelines.__name__)", "dmin.pipelines"),
+])
+def test_names_are_loaded_in_every_way(script, printed): assert run(script) == (printed, "")
+
+
+def test_a_name_that_is_none():
+    with pytest.raises(AttributeError, match="module 'dmin' has no attribute 'colect'"): dmin.colect
+    with pytest.raises(ImportError, match="colect"): from dmin import colect   # noqa: F401
+
+
+@pytest.mark.parametrize("script", [
+    "from dmin import load_pipeline; load_pipeline('ddpm-mnist')",
+    "from dmin import load_pipeline; load_pipeline('tiny-sd-lora')",
+    "import diffusers, dmin; dmin.load_pipeline('tiny-sd3-lora')",
+    "import dmin; from diffusers import StableDiffusionPipeline",
+])
+def test_nothing_on_standard_error(script): assert run(script) == ("", "")
 
 
 def test_no_pickle_anywhere():

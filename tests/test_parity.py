@@ -217,7 +217,7 @@ def test_kfac_of_one_sample_is_the_exact_inverse(linear, here, tmp_path, monkeyp
     one = here.digits.select([3])
     store = collect(linear, one, tmp_path, v=None, timesteps=[400], dtype="float32", progress=False)
     batch = linear.encode(one[:]) | {"t": torch.tensor([400]), "eps": linear.draw_noise([400])[:, 0]}
-    monkeypatch.setattr(module, "curvature_batches", lambda *args, **kwargs: [(batch, batch["eps"].flatten(1))])
+    monkeypatch.setattr(module, "CurvatureBatches", lambda *args, **kwargs: [(batch, batch["eps"].flatten(1))])
     x, q = mean_gradients(store), mean_query_gradients(store, here.queries)
     exact_curvature = torch.outer(x[0].double(), x[0].double())
     for corrected in (False, True):
@@ -230,8 +230,8 @@ def test_kfac_of_a_linear_model_nears_the_exact_inverse(linear, here, tmp_path):
     digits = load_images("mnist_5k", size=8).select(range(0, 4000, 10))
     store = collect(linear, digits, tmp_path, v=None, timesteps=[400], dtype="float32", progress=False)
     x, q = mean_gradients(store), mean_query_gradients(store, here.queries)
-    from dmin.methods.kfac import curvature_batches
-    inputs = torch.cat([linear.noisy(b["z0"], b["eps"], b["t"]).flatten(1) for b, _ in curvature_batches(linear, digits, 20)]).double()
+    from dmin.methods.kfac import CurvatureBatches
+    inputs = torch.cat([linear.noisy(b["z0"], b["eps"], b["t"]).flatten(1) for b, _ in CurvatureBatches(linear, digits, 20)]).double()
     exact_curvature = torch.kron(torch.eye(16, dtype=torch.double), inputs.T @ inputs / len(inputs))
     kfac = KFAC(store, .1, draws=20)
     exact = damped_scores(kfac, q, exact_curvature, x)
@@ -265,9 +265,9 @@ def test_kfac_agrees_with_kronfluence(here, strategy, tmp_path, monkeypatch):
     eps = objective.draw_noise([400])[0]
 
     def batch(z): return {"z0": z, "t": torch.full((len(z),), 400), "eps": eps.expand(len(z), -1, -1, -1)}
-    monkeypatch.setattr(module, "curvature_batches", lambda *args, **kwargs: [(batch(here.train_z), eps.expand(len(here.train_z), -1, -1, -1).flatten(1))])
+    monkeypatch.setattr(module, "CurvatureBatches", lambda *args, **kwargs: [(batch(here.train_z), eps.expand(len(here.train_z), -1, -1, -1).flatten(1))])
     kfac = KFAC(store, 1., fisher="empirical", corrected=strategy == "ekfac")
-    ours = kfac.scores_of([m if name in kfac._covered else torch.zeros_like(m) for m, name in zip(module.query_matrices(store, here.queries), objective.parameters)])
+    ours = kfac.scores_of([m if name in kfac.curvature.names else torch.zeros_like(m) for m, name in zip(module.query_matrices(store, here.queries), objective.parameters)])
 
     class Denoising(task.Task):
         def compute_train_loss(self, batch, model, sample=False):

@@ -9,8 +9,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dmin.core.runtime import data_folder
-from dmin.measures.lds import random_subsets, Retrained
-from dmin.reproduction.retraining_benchmark import Recipe, RetrainingBenchmark
+from dmin.measures.lds import random_subsets
+from dmin.measures.retrained import Retrained
+from dmin.reproduction.retraining_benchmark import BenchmarkRecipe, RetrainingBenchmark
 
 MASKS = random_subsets(20, 4)
 
@@ -92,12 +93,12 @@ def test_what_a_kill_left_is_removed(built):
 
 def test_a_benchmarks_models_appear_whole(tmp_path, monkeypatch):
     """A disk that fills while a model is saved leaves no half of one."""
-    recipe = Recipe(samples=12, steps=3, batch_size=4, queries=2, sampler_steps=2, timesteps=2, noises=1)
+    recipe = BenchmarkRecipe(samples=12, steps=3, batch_size=4, queries=2, sampler_steps=2, timesteps=2, noises=1)
     benchmark = RetrainingBenchmark(tmp_path / "b", recipe, 1, 1, 1)
     (tmp_path / "b").mkdir()
     def full(self, folder, **_):
         (folder / "config.json").write_text("half")
         raise OSError(28, "No space left on device")
     monkeypatch.setattr("diffusers.DDPMPipeline.save_pretrained", full)
-    with pytest.raises(OSError, match="seed-0-early.*Is the disk full"): benchmark.build_models()
+    with pytest.raises(OSError, match="seed-0-early.*Is the disk full"): benchmark.build(progress=False)
     assert list((tmp_path / "b").iterdir()) == []

@@ -9,6 +9,7 @@ __all__ = ['whole', 'whole_seed', 'finite', 'one_of', 'timestep_weights', 'absol
 import math
 import operator
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -21,18 +22,19 @@ def whole(
     most: int | None = None,
 ) -> int:
     """`value` as an int. Raises `ValueError` for what is no whole number, or outside `least` to `most`."""
-    needed = (
-        f"a whole number of at least {least} is needed"
-        if most is None
-        else f"choose {least} to {most}, a whole number")
-    kind = getattr(value, "dtype", type(value))
-    try: number = operator.index(value)
+    needed = f"choose {least} to {most}, a whole number"
+    if most is None: needed = f"a whole number of at least {least} is needed"
+    try: number = None if _is_bool(value) else operator.index(value)
     except TypeError: number = None
-    if number is None or kind in (bool, torch.bool) or str(kind) == "bool":
+    if number is None:
         raise ValueError(f"{name}={value!r}: {needed}")
     if number < least or most is not None and number > most:
         raise ValueError(f"{name}={number}: {needed}")
     return number
+
+
+def _is_bool(value) -> bool:
+    return str(getattr(value, "dtype", type(value).__name__)) in ("bool", "torch.bool")
 
 # %% ../../nbs/core/00_checks.ipynb #972ef1ec
 def whole_seed(name: str, value) -> int:
@@ -48,44 +50,41 @@ def finite(
     most: float | None = None,
 ) -> float:
     """`value` as a float. Raises `ValueError` when it is no finite number, or out of bounds."""
-    bounds = [("more than", above), ("at least", least), ("at most", most)]
-    needed = " and ".join(f"{word} {bound:g}" for word, bound in bounds if bound is not None)
-    try: number = float(value)
+    try: number = math.nan if isinstance(value, (str, bool)) else float(value)
     except (TypeError, ValueError, RuntimeError): number = math.nan
     low = above is not None and number <= above or least is not None and number < least
-    if (
-        not math.isfinite(number)
-        or isinstance(value, (str, bool))
-        or low
-        or most is not None
-        and number > most
-    ):
-        raise ValueError(f"{name}={value!r}: a finite number {needed} is needed".replace("  ", " "))
+    high = most is not None and number > most
+    if low or high or not math.isfinite(number):
+        bounds = [("more than", above), ("at least", least), ("at most", most)]
+        needed = " and ".join(f"{word} {bound:g}" for word, bound in bounds if bound is not None)
+        raise ValueError(f"{name}={value!r}: a finite number {needed + ' ' if needed else ''}is needed")
     return number
 
 # %% ../../nbs/core/00_checks.ipynb #fe40e4d2
-def one_of(name: str, value, known) -> None:
+def one_of(name: str, value, known: Iterable[str]) -> None:
     """Raises `ValueError`, naming what there is, unless `value` is one of the names `known`."""
     if not isinstance(value, str) or value not in known:
         raise ValueError(f"{name}={value!r}: choose one of {', '.join(known)}")
 
 # %% ../../nbs/core/00_checks.ipynb #d3ebdf0c
-def timestep_weights(weights, timesteps: list[int]) -> torch.Tensor:   # (T,) float32
-    """Weights of a store's timesteps; `None` is 1 each.
+def timestep_weights(
+    weights,                # (T,) numbers of any kind; None: 1 each
+    timesteps: list[int],   # (T,) those of a store
+) -> torch.Tensor:          # (T,) float32
+    """The weights of a store's timesteps.
 
     Raises `ValueError` unless there is one finite number for each timestep, at least one of them not zero.
     """
     if weights is None: return torch.ones(len(timesteps))
-    try: found = torch.as_tensor(weights, dtype=torch.float32)
+    each = f"one for each timestep {timesteps}"
+    try: numbers = torch.as_tensor(weights, dtype=torch.float32)
     except (TypeError, ValueError, RuntimeError) as e:
-        raise ValueError(f"weights={weights!r}: numbers are needed, one for each timestep {timesteps}") from e
-    if found.shape != (len(timesteps),):
-        raise ValueError(
-            f"weights of shape {tuple(found.shape)}: expected {len(timesteps)}, one for each timestep"
-            f" {timesteps}")
-    if not found.isfinite().all() or not found.any():
-        raise ValueError(f"weights={found.tolist()}: finite numbers are needed, not all of them zero")
-    return found
+        raise ValueError(f"weights={weights!r}: numbers are needed, {each}") from e
+    if numbers.shape != (len(timesteps),):
+        raise ValueError(f"weights of shape {tuple(numbers.shape)}: expected {len(timesteps)}, {each}")
+    if not numbers.isfinite().all() or not numbers.any():
+        raise ValueError(f"weights={numbers.tolist()}: finite numbers are needed, not all of them zero")
+    return numbers
 
 # %% ../../nbs/core/00_checks.ipynb #61357325
 def absolute_folder(folder: str | Path, what: str = "folder") -> Path:

@@ -17,11 +17,8 @@ from .checks import whole, whole_seed
 def _check_v(v) -> int:
     try: return whole("v", v)
     except ValueError as e:
-        raise ValueError(
-            f"{e}: the compressed dimension is a positive whole number, such as 4096 (or None to keep"
-            " gradients"
-            " uncompressed)"
-        ) from None
+        needed = "a positive whole number, such as 4096 (or None to keep gradients uncompressed)"
+        raise ValueError(f"{e}: the compressed dimension is {needed}") from None
 
 # %% ../../nbs/core/06_compression.ipynb #753c7563
 class _Linear:
@@ -43,8 +40,7 @@ class _Linear:
 
 # %% ../../nbs/core/06_compression.ipynb #429addad
 class ReferenceCompressor(_Linear):
-    """The paper's four steps, written out; stores a permutation and a sign for each of the gradient's
-    elements.
+    """The paper's four steps, written out; stores a place and a sign for each element of the gradient.
 
     Source: DMin, section 3.1, "Gradient Compression".
     """
@@ -70,9 +66,7 @@ def _shift_right(x, n): return (x >> n) & ((1 << (64 - n)) - 1)   # logical shif
 
 
 def random_words(seed: int, start: int, n: int, device="cpu") -> torch.Tensor:   # (n,) int64
-    """Words `start` to `start + n` of the SplitMix64 sequence of `seed`: 64 random bits each, the same on
-    every machine.
-    """
+    """Words `start` to `start + n` of the SplitMix64 sequence of `seed`: 64 random bits each."""
     z = torch.arange(start + 1, start + 1 + n, device=device) * _GOLDEN + seed
     z = (z ^ _shift_right(z, 30)) * _MIX1
     z = (z ^ _shift_right(z, 27)) * _MIX2
@@ -144,15 +138,28 @@ def _add_tile(rows, part, signs, turn, places):
 
 def _fold(wide): return wide[..., :wide.shape[-1] // 2] + wide[..., wide.shape[-1] // 2:]
 
+# %% ../../nbs/core/06_compression.ipynb #70eef557
+def _add_piece(total, piece, start, places):
+    """Elements `start` to `start + m` of n gradients, (n, m), tile by tile."""
+    v, tile, end = places.v, places.m * places.v, start + piece.shape[1]
+    as_matrix = len(piece) * v < 2**16 and piece.shape[1] >= 3 * tile   # few gradients, many blocks
+    rows = piece.new_zeros(len(piece), places.m, 2 * v) if as_matrix else None
+    for first in range(start - start % tile, end, tile):
+        lo, hi = max(first, start), min(first + tile, end)
+        part = piece[:, lo - start:hi - start]
+        signs, turn = places.signs_and_turn(lo, hi - lo, piece)
+        if as_matrix and hi - lo == tile: _add_tile(rows, part, signs, turn, places)
+        else: _add_blocks(total, part, signs, turn, places, lo - first)
+    if as_matrix:
+        for shift, row in zip(places.low, _fold(rows).unbind(1)): total[:, shift:shift + v] += row
+
 # %% ../../nbs/core/06_compression.ipynb #ccd48510
 class Compressor(_Linear):
-    """Compresses gradients to `v` numbers; signs and places come from the seed, nothing of the gradient's
-    length is stored.
+    """Compresses gradients, (n, d) to (n, v), by signs and places that are computed from the seed.
 
-    `compressor(g)` maps (n, d) to (n, v). In pieces: `total = compressor.zeros(n)`,
-    `compressor.add_(total, piece, start)`, `compressor.finish(total)`. Linear; unbiased; exact when `v` is at
-    least the gradient's length. Works on any device, float32 and float64. Raises `ValueError` when `v` is not
-    a positive whole number. Source: DMin, section 3.1; OPORP (Li & Li 2023) for the variance.
+    Linear; unbiased; exact when `v` is at least the gradient's length. Works on any device, in float32 and
+    float64. Raises `ValueError` when `v` is not a positive whole number. Source: DMin, section 3.1; OPORP (Li
+    & Li 2023) for the variance.
     """
 
     def __init__(self, v: int, seed: int = 0):
@@ -171,18 +178,7 @@ class Compressor(_Linear):
 
     def add_(self, total: torch.Tensor, piece: torch.Tensor, start: int):
         """Add `piece`, shape (n, m): elements `start` to `start + m` of n gradients."""
-        p = self.places
-        tile, end = p.m * p.v, start + piece.shape[1]
-        as_matrix = len(piece) * p.v < 2**16 and piece.shape[1] >= 3 * tile   # few gradients, many blocks
-        rows = piece.new_zeros(len(piece), p.m, 2 * p.v) if as_matrix else None
-        for first in range(start - start % tile, end, tile):
-            lo, hi = max(first, start), min(first + tile, end)
-            part = piece[:, lo - start:hi - start]
-            signs, turn = p.signs_and_turn(lo, hi - lo, piece)
-            if as_matrix and hi - lo == tile: _add_tile(rows, part, signs, turn, p)
-            else: _add_blocks(total, part, signs, turn, p, lo - first)
-        if as_matrix:
-            for shift, row in zip(p.low, _fold(rows).unbind(1)): total[:, shift:shift + p.v] += row
+        _add_piece(total, piece, start, self.places)
 
 # %% ../../nbs/core/06_compression.ipynb #0810576c
 def standard_error(
@@ -218,7 +214,7 @@ def make_compressor(
     d: int,              # the gradient's length
     v: int | None,       # compressed dimension, at most d; None: no compression
     seed: int = 0,       # of signs and places
-) -> "Compressor | NoCompression":
+) -> Compressor | NoCompression:
     """The compressor for gradients of length `d`.
 
     Raises `ValueError` when `v` is not positive or larger than `d`.

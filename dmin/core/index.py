@@ -11,8 +11,8 @@ import hashlib
 import json
 import re
 import secrets
+from pathlib import Path
 
-import hnswlib
 import numpy as np
 import torch
 
@@ -22,20 +22,41 @@ from .gradients import Gradients
 from .images import as_samples
 from .runtime import bar
 from .scores import cosines, query_vectors, Ranking
+from .shards import ids_digest
+
+# %% ../../nbs/core/14_index.ipynb #232f4e1f
+def _candidates(index: "Index", unit: torch.Tensor, k: int, ef: int, rerank: bool) -> tuple:
+    """Rows and scores (n_queries, k) of unit query vectors (n_queries, T, v)."""
+    n, store = index.about["samples"], index.store
+    if n != len(store):
+        raise ValueError(
+            f"the index has {n} samples, the store has grown to {len(store)}: build_index again")
+    ef, flat = min(n, max(k, ef)), unit.flatten(1)
+    index.graph.set_ef(ef)
+    try: rows, distances = index.graph.knn_query(flat.numpy(), k=ef if rerank else k)
+    except RuntimeError as e:
+        raise ValueError(
+            f"the index reached fewer than {k} samples with ef={ef}: raise ef, or build it with a larger M"
+        ) from e
+    rows, scores = torch.from_numpy(rows.astype(np.int64)), torch.from_numpy(1 - distances)
+    if not rerank: return rows, scores
+    scores = torch.stack([store.vectors(r).flatten(1) @ q for r, q in zip(rows, flat)])
+    order = scores.argsort(dim=1, descending=True, stable=True)[:, :k]
+    return rows.gather(1, order), scores.gather(1, order)
 
 # %% ../../nbs/core/14_index.ipynb #2f92f997
 class Index:
     """An HNSW index over a store's normalised gradients, timesteps concatenated.
 
-    Build it with `build_index`, open it with `open_index`.
+    Build it with `build_index`, open it with `open_index`. `graph` is hnswlib's.
     """
 
-    def __init__(self, store, graph: hnswlib.Index, about: dict):
-        self.store, self.about, self._graph = store, about, graph
+    def __init__(self, store, graph, about: dict): self.store, self.graph, self.about = store, graph, about
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         a = self.about
-        return f"Index({a['samples']} samples × {a['dimension']}, M={a['M']}, ef_construction={a['ef_construction']})"
+        size = f"{a['samples']} samples × {a['dimension']}"
+        return f"Index({size}, M={a['M']}, ef_construction={a['ef_construction']})"
 
     def search(
         self,
@@ -51,79 +72,42 @@ class Index:
         store, or the store has grown since.
         """
         weights = timestep_weights(weights, self.store.manifest.timesteps)
-        ef, k = whole("ef", ef, most=2**31 - 1), whole("k", k, most=self.about["samples"])
+        ef, k = self._numbers(ef, k)
         samples = None if isinstance(queries, Gradients) else as_samples(queries)
         unit = query_vectors(self.store, queries if samples is None else self.store.gradients(samples))
-        rows, scores = self._candidates(unit * weights[:, None], k, ef, rerank)
+        rows, scores = _candidates(self, unit * weights[:, None], k, ef, rerank)
         return Ranking(rows, scores, "Most influential (HNSW)", samples, self.store.samples)
 
-    def _candidates(self, unit, k, ef, rerank):
-        n = self.about["samples"]
-        if n != len(self.store):
-            raise ValueError(
-                f"the index has {n} samples, the store has grown to {len(self.store)}: build_index again")
-        ef = min(n, max(k, ef))
-        self._graph.set_ef(ef)
-        try: rows, distances = self._graph.knn_query(unit.flatten(1).numpy(), k=ef if rerank else k)
-        except RuntimeError as e: raise ValueError(f"the index reached fewer than {k} samples with ef={ef}: raise ef, or build it with a larger M") from e
-        rows, scores = torch.from_numpy(rows.astype(np.int64)), torch.from_numpy(1 - distances)
-        if rerank:
-            scores = torch.stack(
-                [self.store.vectors(r).flatten(1) @ q for r, q in zip(rows, unit.flatten(1))])
-            order = scores.argsort(dim=1, descending=True, stable=True)[:, :k]
-            rows, scores = rows.gather(1, order), scores.gather(1, order)
-        return rows, scores
-
     def recall(self, queries, k: int = 10, ef: int = 200, rerank: bool = False) -> float:
-        """Share of the exact top-k that the index finds, mean over queries (`Gradients`, or what `search`
-        takes).
-        """
-        ef, k = whole("ef", ef, most=2**31 - 1), whole("k", k, most=self.about["samples"])
-        unit = query_vectors(
-            self.store, queries if isinstance(queries, Gradients) else self.store.gradients(queries))
+        """Share of the exact top k that the index finds, mean over queries: what `search` takes."""
+        ef, k = self._numbers(ef, k)
+        g = queries if isinstance(queries, Gradients) else self.store.gradients(queries)
+        unit = query_vectors(self.store, g)
         exact = cosines(self.store, unit).sum(2).topk(k, 1).indices
-        found, _ = self._candidates(unit, k, ef, rerank)
-        return float((exact[:, :, None] == found[:, None, :]).any(2).float().mean())
+        rows, _ = _candidates(self, unit, k, ef, rerank)
+        return float((exact[:, :, None] == rows[:, None, :]).any(2).float().mean())
 
-# %% ../../nbs/core/14_index.ipynb #e4c09dac
-def build_index(
-    store,                  # complete
-    M: int = 16,                   # links a sample; more: larger, higher recall
-    ef_construction: int = 200,    # candidates considered for links; more: slower to build, higher recall
-    seed: int = 0,
-    threads: int = -1,             # 1: the same graph every time; -1: all cores
-    progress: bool = True,         # show a bar
-) -> Index:
-    """Builds the index and saves it in the store's folder: `index.json`, and the graph that it names.
-
-    Raises `ValueError` when the store is incomplete or a parameter makes no sense, `OSError` when the disk is
-    full.
-    """
-    M, ef_construction, seed = (
-        whole("M", M, 2, 2**12),
-        whole("ef_construction", ef_construction, most=2**31 - 1),
-        whole_seed("seed", seed))
-    threads = whole("threads", threads, -1, 2**12)
-    store.check_complete()
-    about = _belongs_to(store) | {"M": M, "ef_construction": ef_construction, "seed": seed}
-    graph = hnswlib.Index(space="ip", dim=about["dimension"])
-    graph.init_index(max_elements=len(store), M=M, ef_construction=ef_construction, random_seed=seed)
-    with bar(total=len(store), desc="indexing", unit="sample", disable=not progress) as shown:
-        for shard in store.shards():
-            graph.add_items(shard.part().flatten(1).numpy(), shard.rows.numpy(), num_threads=threads)
-            shown.update(len(shard.rows))
-    _save(store.folder, graph, about)
-    return Index(store, graph, about)
+    def _numbers(self, ef, k):
+        return whole("ef", ef, most=2**31 - 1), whole("k", k, most=self.about["samples"])
 
 # %% ../../nbs/core/14_index.ipynb #80372993
 def _belongs_to(store) -> dict:
     """What an index must agree in with its store."""
     m = store.manifest
-    return {"store": m.fingerprint(), "ids": hashlib.sha256("".join(m.sample_ids).encode()).hexdigest()[:16],
-            "samples": len(store), "dimension": len(m.timesteps) * m.width}
+    return {
+        "store": m.fingerprint(),
+        "ids": ids_digest(m.sample_ids),
+        "samples": len(store),
+        "dimension": len(m.timesteps) * m.width}
 
 
-def _checksum(path) -> str:
+def _empty_graph(dimension: int):
+    """An hnswlib graph by inner product."""
+    import hnswlib
+    return hnswlib.Index(space="ip", dim=dimension)
+
+
+def _checksum(path: Path) -> str:
     with open(path, "rb") as file: return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -133,7 +117,7 @@ def _own_checksum(about: dict) -> str:
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 # %% ../../nbs/core/14_index.ipynb #37b80809
-def _save(folder, graph: hnswlib.Index, about: dict) -> None:
+def _save(folder: Path, graph, about: dict) -> None:
     """Writes graph and description, and removes what older ones left."""
     remove_leftovers(folder)
     path = folder / f"index-{secrets.token_hex(8)}.hnsw"
@@ -149,18 +133,56 @@ def _save(folder, graph: hnswlib.Index, about: dict) -> None:
     for old in folder.glob("index*.hnsw"):
         if old.name != path.name: old.unlink(missing_ok=True)
 
+# %% ../../nbs/core/14_index.ipynb #e4c09dac
+def build_index(
+    store,                         # complete
+    M: int = 16,                   # links a sample; more: larger, higher recall
+    ef_construction: int = 200,    # candidates considered for links; more: slower to build, higher recall
+    seed: int = 0,
+    threads: int = -1,             # 1: the same graph every time; -1: all cores
+    progress: bool = True,         # show a bar
+) -> Index:
+    """Builds the index and saves it in the store's folder: `index.json`, and the graph that it names.
+
+    Raises `ValueError` for an incomplete store or numbers that make no sense, `OSError` for a full disk.
+    """
+    M, seed = whole("M", M, 2, 2**12), whole_seed("seed", seed)
+    ef_construction = whole("ef_construction", ef_construction, most=2**31 - 1)
+    threads = whole("threads", threads, -1, 2**12)
+    store.check_complete()
+    about = _belongs_to(store) | {"M": M, "ef_construction": ef_construction, "seed": seed}
+    graph = _empty_graph(about["dimension"])
+    graph.init_index(max_elements=len(store), M=M, ef_construction=ef_construction, random_seed=seed)
+    with bar(total=len(store), desc="indexing", unit="sample", disable=not progress) as shown:
+        for shard in store.shards():
+            graph.add_items(shard.part().flatten(1).numpy(), shard.rows.numpy(), num_threads=threads)
+            shown.update(len(shard.rows))
+    _save(store.folder, graph, about)
+    return Index(store, graph, about)
+
 # %% ../../nbs/core/14_index.ipynb #3e365214
 _BUILD = "build_index(store) makes it again"
-_FIELDS = {
-    "file": str,
-    "sha256": str,
-    "checksum": str,
-    "store": str,
-    "ids": str,
-    "samples": int,
-    "dimension": int,
-    "M": int,
-    "ef_construction": int}
+_FIELDS = {name: str for name in ("file", "sha256", "checksum", "store", "ids")}
+_FIELDS |= {name: int for name in ("samples", "dimension", "M", "ef_construction")}
+
+
+def _description(store) -> dict:
+    """The content of `index.json`.
+
+    Raises `FileNotFoundError` when there is none, `ValueError` when it is damaged or not of this store.
+    """
+    path = store.folder / "index.json"
+    if not path.exists():
+        raise FileNotFoundError(f"there is no index in {store.folder}: make one with build_index(store)")
+    about, mine = read_json(path, _FIELDS, _BUILD), _belongs_to(store)
+    if about["checksum"] != _own_checksum(about):
+        raise damaged(path, "its checksum is wrong: it was altered", _BUILD)
+    if wrong := [k for k in mine if about[k] != mine[k]]:
+        raise ValueError(
+            f"the index in {store.folder} has {about['samples']} samples of {about['dimension']} numbers, the"
+            f" store {len(store)} of {mine['dimension']}, or it is another store's ({', '.join(wrong)}):"
+            " build_index again")
+    return about
 
 # %% ../../nbs/core/14_index.ipynb #f765e39e
 def open_index(store) -> Index:
@@ -169,26 +191,13 @@ def open_index(store) -> Index:
     Raises `FileNotFoundError` when there is none, `ValueError` when it is damaged, of another store, or older
     than the store's last samples.
     """
-    path = store.folder / "index.json"
-    if not path.exists():
-        raise FileNotFoundError(f"there is no index in {store.folder}: make one with build_index(store)")
-    about = read_json(path, _FIELDS, _BUILD)
-    if about["checksum"] != _own_checksum(about):
+    about = _description(store)
+    path = store.folder / about["file"]
+    if not re.fullmatch(r"index-[0-9a-f]{16}\.hnsw", about["file"]) or not path.exists():
+        raise damaged(store.folder / "index.json", f"its graph {about['file']!r} is not there", _BUILD)
+    check_readable(path)
+    if _checksum(path) != about["sha256"]:
         raise damaged(path, "its checksum is wrong: it was altered", _BUILD)
-    mine = _belongs_to(store)
-    if wrong := [k for k in mine if about[k] != mine[k]]:
-        raise ValueError(
-            f"the index in {store.folder} has {about['samples']} samples of {about['dimension']} numbers, the"
-            " store"
-            f" {len(store)} of {mine['dimension']}, or it is another store's ({', '.join(wrong)}):"
-            " build_index again"
-        )
-    graph_path = store.folder / about["file"]
-    if not re.fullmatch(r"index-[0-9a-f]{16}\.hnsw", about["file"]) or not graph_path.exists():
-        raise damaged(path, f"its graph {about['file']!r} is not there", _BUILD)
-    check_readable(graph_path)
-    if _checksum(graph_path) != about["sha256"]:
-        raise damaged(graph_path, "its checksum is wrong: it was altered", _BUILD)
-    graph = hnswlib.Index(space="ip", dim=about["dimension"])
-    graph.load_index(str(graph_path), max_elements=about["samples"])
+    graph = _empty_graph(about["dimension"])
+    graph.load_index(str(path), max_elements=about["samples"])
     return Index(store, graph, about)

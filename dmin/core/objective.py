@@ -8,11 +8,11 @@ __all__ = ['OUTPUTS', 'draw_noise', 'network', 'adapters_in_use', 'adapter_param
 # %% ../../nbs/core/09_objective.ipynb #f86bcdac
 import fnmatch
 import hashlib
+import itertools
 import json
 from functools import cached_property
 
 import numpy as np
-from peft.tuners.tuners_utils import BaseTunerLayer
 import torch
 from torch import nn
 
@@ -21,21 +21,25 @@ from .regions import weighted_mean
 from .schedule import noise_schedule, NoiseSchedule, training_settings
 
 # %% ../../nbs/core/09_objective.ipynb #a41e5ebc
+def _gaussian(shape: tuple, key: str) -> torch.Tensor:
+    """Noise of `shape` that depends on `key` alone."""
+    word = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little")
+    return torch.randn(shape, generator=torch.Generator().manual_seed(word >> 1))
+
+
 def draw_noise(
     shape: tuple,                # of one sample's latent, such as (C, H, W)
     timesteps,                   # (T,) which timesteps
     seed: int = 0,
     noises: int | range = 1,     # how many draws a timestep, or which of them
 ) -> torch.Tensor:               # (T, noises, *shape) float32, on the CPU
-    """The Gaussian noise of each timestep, the same for all samples. Source: DMin, Eq. 5 (noise redrawn from
-    the training distribution).
+    """The Gaussian noise of each timestep, the same for all samples.
+
+    Source: DMin, Eq. 5 (noise redrawn from the training distribution).
     """
-    def one(t, draw):
-        words = hashlib.blake2b(f"{seed}/{t}/{draw}".encode(), digest_size=8).digest()
-        return torch.randn(
-            shape, generator=torch.Generator().manual_seed(int.from_bytes(words, "little") >> 1))
     draws = noises if isinstance(noises, range) else range(noises)
-    return torch.stack([torch.stack([one(int(t), draw) for draw in draws]) for t in timesteps])
+    drawn = [_gaussian(shape, f"{seed}/{int(t)}/{k}") for t, k in itertools.product(timesteps, draws)]
+    return torch.stack(drawn).unflatten(0, (len(timesteps), len(draws)))
 
 # %% ../../nbs/core/09_objective.ipynb #aabae07d
 def network(pipe) -> nn.Module:
@@ -43,160 +47,191 @@ def network(pipe) -> nn.Module:
     return pipe.transformer if getattr(pipe, "transformer", None) is not None else pipe.unet
 
 # %% ../../nbs/core/09_objective.ipynb #8f92c887
-def adapters_in_use(model: nn.Module) -> dict[str, nn.Parameter]:   # in the model's order
-    """The parameters of a network's adapters that its output depends on: active, not disabled, not fused into
-    the weights.
-    """
-    found = set()
-    for name, layer in model.named_modules():
-        if not isinstance(layer, BaseTunerLayer) or layer.merged or layer.disable_adapters: continue
+def _tuner_layers(model: nn.Module) -> dict[str, nn.Module]:   # by name, in the model's order
+    """The layers of a network that carry adapters of peft."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return {name: layer for name, layer in model.named_modules() if isinstance(layer, BaseTunerLayer)}
+
+
+def adapters_in_use(model: nn.Module) -> dict[str, nn.Parameter]:   # by name, in the model's order
+    """The parameters of a network's adapters that its output depends on: active, not disabled, not fused."""
+    used = set()
+    for name, layer in _tuner_layers(model).items():
+        if layer.merged or layer.disable_adapters: continue
         for inner, _ in layer.named_parameters():
             parts = inner.split(".")
             if parts[0].startswith("lora_") and set(parts) & set(layer.active_adapters):
-                found.add(f"{name}.{inner}".lstrip("."))
-    return {n: p for n, p in model.named_parameters() if n in found}
+                used.add(f"{name}.{inner}".lstrip("."))
+    return {name: p for name, p in model.named_parameters() if name in used}
 
 # %% ../../nbs/core/09_objective.ipynb #6bf41282
-def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:   # in the model's order
+def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:   # by name, in the model's order
     """The parameters of a network's adapters; empty when it has none.
 
     Raises `ValueError` when they are fused or disabled.
     """
-    layers = [m for m in model.modules() if isinstance(m, BaseTunerLayer)]
-    if any(m.merged for m in layers):
+    layers, whose = _tuner_layers(model).values(), f"the adapters of {type(model).__name__}"
+    if any(layer.merged for layer in layers):
         raise ValueError(
-            f"the adapters of {type(model).__name__} are fused into its weights, so the loss does not depend"
-            " on them:"
-            " take them out again with pipe.unfuse_lora()")
-    if layers and all(m.disable_adapters or not m.active_adapters for m in layers):
+            f"{whose} are fused into its weights, so the loss does not depend on them: take them out again"
+            " with pipe.unfuse_lora()")
+    if layers and all(layer.disable_adapters or not layer.active_adapters for layer in layers):
         raise ValueError(
-            f"the adapters of {type(model).__name__} are disabled, so the loss does not depend on them:"
-            " switch them"
-            " on with pipe.enable_lora(), or remove them with pipe.unload_lora_weights()")
+            f"{whose} are disabled, so the loss does not depend on them: switch them on with"
+            " pipe.enable_lora(), or remove them with pipe.unload_lora_weights()")
     return adapters_in_use(model)
+
+# %% ../../nbs/core/09_objective.ipynb #c1eb7849
+def _as_patterns(parameters) -> list[str]:
+    """One pattern or several, as a list. Raises `ValueError` for what is none."""
+    if not isinstance(parameters, (str, list, tuple)):
+        raise ValueError(
+            f"parameters={parameters!r}: give a pattern such as '*transformer_blocks*', or a list of them")
+    patterns = [parameters] if isinstance(parameters, str) else list(parameters)
+    for pattern in patterns:
+        if not isinstance(pattern, str):
+            raise ValueError(f"parameters={patterns!r}: {pattern!r} is no pattern;"
+                             " give text such as '*transformer_blocks*'")
+    return patterns
+
+
+def _matches(name: str, patterns: list[str]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 # %% ../../nbs/core/09_objective.ipynb #6b17d389
 def counted_parameters(
     model: nn.Module,
-    patterns: str | list[str] | None = None,   # shell-style, such as "*transformer_blocks*"; None: adapters
-                                               # if any, else all
-) -> dict[str, nn.Parameter]:                  # in the model's order
+    patterns: str | list[str] | None = None,   # of names, as in a shell: "*transformer_blocks*"; None: the
+                                               # adapters if there are any, else all
+) -> dict[str, nn.Parameter]:                  # by name, in the model's order
     """The parameters whose gradient counts. Source: DMin, Figure 2(b).
 
     Raises `ValueError` when nothing matches, or when the adapters are fused or disabled.
     """
     named = dict(model.named_parameters())
     if patterns is None: return adapter_parameters(model) or named
-    if not isinstance(patterns, (str, list, tuple)):
-        raise ValueError(
-            f"parameters={patterns!r}: give a pattern such as '*transformer_blocks*', or a list of them")
-    patterns = [patterns] if isinstance(patterns, str) else list(patterns)
-    if wrong := [x for x in patterns if not isinstance(x, str)]:
-        raise ValueError(
-            f"parameters={patterns!r}: {wrong[0]!r} is no pattern; give text such as '*transformer_blocks*'")
-    chosen = {n: p for n, p in named.items() if any(fnmatch.fnmatchcase(n, x) for x in patterns)}
+    patterns = _as_patterns(patterns)
+    chosen = {name: p for name, p in named.items() if _matches(name, patterns)}
     if not chosen:
-        raise ValueError(
-            f"no parameter matches {', '.join(patterns) or 'an empty list of patterns'}: names look like"
-            f" {', '.join(list(named)[:3])}, …"
-        )
-    if all(".lora_" in f".{n}" for n in chosen):
+        asked, some = ", ".join(patterns) or "an empty list of patterns", ", ".join(list(named)[:3])
+        raise ValueError(f"no parameter matches {asked}: names look like {some}, …")
+    if all(".lora_" in f".{name}" for name in chosen):
         adapter_parameters(model)   # complains of fused and disabled ones
     return chosen
 
 # %% ../../nbs/core/09_objective.ipynb #12c8d308
-OUTPUTS = {  # of what the network predicted, what it should have predicted (n, C, H, W each), and the positions' weights
+# Each of what the network predicted and what it should have, (n, C, H, W), and the positions' weights: (n,).
+# Source: D-TRAK, section 3.1. "square" is the mean of squares, so that its size does not grow with the image.
+OUTPUTS = {
     "loss": lambda predicted, target, weight: weighted_mean((predicted - target).square(), weight),
     "square": lambda predicted, target, weight: weighted_mean(predicted.square(), weight),
     "average": lambda predicted, target, weight: weighted_mean(predicted, weight),
     "l1": lambda predicted, target, weight: predicted.flatten(1).norm(1, dim=1),
     "l2": lambda predicted, target, weight: predicted.flatten(1).norm(2, dim=1),
-    "linf": lambda predicted, target, weight: predicted.flatten(1).norm(float("inf"), dim=1),
-}  # source: D-TRAK, section 3.1; square is the mean of squares, so that its size does not depend on the image's
+    "linf": lambda predicted, target, weight: predicted.flatten(1).norm(float("inf"), dim=1)}
+
+# %% ../../nbs/core/09_objective.ipynb #ab57fa89
+def _schedule_of(objective) -> NoiseSchedule:
+    """The noise levels of an objective's scheduler. Raises `ValueError` when they are not of its family."""
+    levels, flow = noise_schedule(objective.scheduler), objective.flow
+    if flow is None or flow == (levels.prediction_type == "flow"): return levels
+    pipe, scheduler = type(objective.pipe).__name__, type(objective.scheduler).__name__
+    kinds = "a diffusion, with betas", "a flow, with a shift"
+    raise ValueError(f"{pipe} is trained as {kinds[flow]}, but its scheduler {scheduler} is set up for"
+                     f" {kinds[not flow]}: put in the one that it was trained with")
+
+
+def _check_timesteps(timesteps, total: int) -> None:
+    """Raises `ValueError` for one that is no whole number from 0 to `total` - 1."""
+    for t in timesteps:
+        if not 0 <= whole("timesteps", t, -2**63) < total:
+            raise ValueError(f"timestep {int(t)} is outside the scheduler: it has 0 to {total - 1}")
+
+# %% ../../nbs/core/09_objective.ipynb #5ff19de8
+def _adapter_states(model: nn.Module) -> dict:
+    """peft's alpha / rank of each adapted layer, and which adapters are in use where that is not all."""
+    states, tuned = {}, _tuner_layers(model)
+    for name, layer in model.named_modules():
+        scaling = getattr(layer, "scaling", None)
+        if isinstance(scaling, dict): states[name] = scaling
+        if name not in tuned: continue
+        off = bool(layer.disable_adapters), bool(layer.merged)
+        if any(off) or set(layer.active_adapters) != set(getattr(layer, "scaling", ())):
+            states[f"{name} in use"] = [sorted(layer.active_adapters), *off]
+    return states
+
+# %% ../../nbs/core/09_objective.ipynb #dbe6890a
+def _described(objective) -> list:
+    """What an objective depends on beside its weights, as JSON can hold it."""
+    model, settings = objective.model, training_settings(objective.scheduler)
+    config = getattr(model, "config", {})
+    public = [k for k in sorted(config) if not k.startswith("_") and config[k] is not None]
+    scales = _adapter_states(model)
+    for k, encoder in enumerate(objective.encoders()):
+        scales |= {f"{k}: {name}": x for name, x in _adapter_states(encoder).items()}
+    return [
+        objective.describe(),
+        type(model).__name__,
+        {k: np.asarray(config[k]).tolist() for k in public},
+        {k: settings[k] for k in sorted(settings)},
+        list(objective.parameters),
+        *([scales] if scales else [])]
+
+
+def _fingerprint(objective) -> str:
+    digest = hashlib.sha256(json.dumps(_described(objective)).encode())
+    for model in (objective.model, *objective.encoders()):
+        for name, x in sorted(model.state_dict().items()):
+            digest.update(f"{name}{tuple(x.shape)}{x.dtype}".encode())
+            digest.update(memoryview(x.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()))
+    return digest.hexdigest()[:16]
 
 # %% ../../nbs/core/09_objective.ipynb #85fe9c93
 class Objective:
-    """The training loss of one pipeline family. A new family subclasses it and is announced with `register_family`.
+    """The training loss of one pipeline family, which subclasses it: see `dmin.core.registry`.
 
-    A subclass sets `model` (the network that was trained), `scheduler` and `shape` (of one latent), and
-    defines `encode` and `predict`. What its constructor takes beside `pipe` and `parameters` are its options,
-    which `make_objective` passes on and `describe` names. `output` is the function whose gradient is taken,
-    of `OUTPUTS`.
+    A subclass sets `shape` (of one latent) and defines `encode` and `predict`. What its constructor takes
+    beside `pipe` and `parameters` are its options, which `make_objective` passes on and `describe` names.
     """
 
-    options: dict = {}      # those that differ from their default
-    bounded: bool = False   # whether latents lie in [-1, 1], as pixels do
+    options: dict = {}         # those that differ from their default
+    bounded: bool = False      # whether latents lie in [-1, 1], as pixels do
     flow: bool | None = None   # whether the family is trained as a flow; None: it may be either
-    def __init__(self, pipe, parameters=None, output: str = "loss"):
+
+    def __init__(self, pipe, parameters=None, output: str = "loss"):   # output: one of `OUTPUTS`
         one_of("output", output, OUTPUTS)
         if output != "loss": self.options = self.options | {"output": output}
         self.pipe, self.scheduler, self.output = pipe, pipe.scheduler, output
         self.model = network(pipe)
         self.parameters = counted_parameters(self.model, parameters)
 
-    @property
-    def device(self): return next(self.model.parameters()).device
-
     def encode(self, samples, names=None) -> dict[str, torch.Tensor]:
-        """Rows of a data set to what the loss needs, each of first dimension n. Computed once a sample,
-        whatever the timesteps.
-
-        `names` (n,) is what errors call the samples.
-        """
+        """Rows of a data set as what the loss needs, (n, …) each; `names` (n,) is what errors call them."""
         raise TypeError(f"{type(self).__name__} must define encode")
 
+    def predict(self, encoded: dict, t: torch.Tensor, eps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the network predicts, and what it should, (n, *shape), at `t` (n,) and `eps` (n, *shape)."""
+        raise TypeError(f"{type(self).__name__} must define predict")
+
     def check(self, samples) -> None:
-        """Raises `ValueError` when a row of a data set cannot be encoded; cheap, so that it can be asked
-        before hours of work.
-        """
+        """Raises `ValueError` for a row that cannot be encoded; cheap, for before hours of work."""
 
-    def describe(self) -> str:
-        """Class and options, as a store's manifest records them."""
-        return type(self).__name__ + "".join(
-            f", {name}={value!r}" for name, value in sorted(self.options.items()))
+    def encoders(self) -> list[nn.Module]:
+        """The frozen models that `encode` uses, such as an autoencoder; part of the fingerprint."""
+        return []
 
-    @cached_property
-    def schedule(self) -> NoiseSchedule:
-        """The noise levels that the model was trained with, see `dmin.core.schedule`.
+    def loss(self, encoded: dict, t: torch.Tensor, eps: torch.Tensor) -> torch.Tensor:   # (n,)
+        """The loss of each row, or its other output; means are weighted by `encoded["weight"]`, if given."""
+        return OUTPUTS[self.output](*self.predict(encoded, t, eps), encoded.get("weight"))
 
-        Raises `ValueError` when they cannot be read.
-        """
-        found = noise_schedule(self.scheduler)
-        if self.flow is not None and self.flow != (found.prediction_type == "flow"):
-            names = type(self.pipe).__name__, type(self.scheduler).__name__
-            kinds = ("a flow, with a shift", "a diffusion, with betas")[::1 if self.flow else -1]
-            raise ValueError(
-                f"{names[0]} is trained as {kinds[0]}, but its scheduler {names[1]} is set up for {kinds[1]}:"
-                " put in the one that it was trained with")
-        return found
+    def noisy(self, z0: torch.Tensor, eps: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        """What the network sees, (n, *shape): `z0` with the noise `eps` of timesteps `t`. Linear in both."""
+        return self.schedule.mix(z0, eps, t)
 
     def draw_noise(self, timesteps, seed: int = 0, noises: int | range = 1) -> torch.Tensor:
         """The noise of each timestep (T, noises, *shape), see the function `draw_noise`."""
         return draw_noise(self.shape, timesteps, seed, noises)
-
-    def noisy(self, z0: torch.Tensor, eps: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        """What the network sees, (n, *shape): `z0` with the noise `eps` of timesteps `t` (n,).
-
-        Linear in both.
-        """
-        return self.schedule.mix(z0, eps, t)
-
-    def predict(
-        self, encoded: dict[str, torch.Tensor], t: torch.Tensor, eps: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """What the network predicts, and what it should, (n, *shape) each, at timesteps `t` (n,) and noise
-        `eps` (n, *shape).
-        """
-        raise TypeError(f"{type(self).__name__} must define predict")
-
-    def loss(self, encoded: dict[str, torch.Tensor], t: torch.Tensor, eps: torch.Tensor) -> torch.Tensor:
-        """The loss of each row, shape (n,), at timesteps `t` (n,) and noise `eps` (n, *shape); or another
-        output function of it, if chosen.
-
-        Where `encoded` has `weight` (n, 1, H, W), a mean over positions is weighted by it: see
-        `weighted_mean`.
-        """
-        return OUTPUTS[self.output](*self.predict(encoded, t, eps), encoded.get("weight"))
 
     def draw_timesteps(self, n: int) -> torch.Tensor:
         """Random timesteps (n,) int64 as in training, on the CPU, from torch's global generator."""
@@ -204,58 +239,20 @@ class Objective:
 
     def check_timesteps(self, timesteps) -> None:
         """Raises `ValueError` when a timestep is not one of the scheduler's."""
-        total = self.scheduler.config.num_train_timesteps
-        for t in timesteps: whole("timesteps", t, -2**63)
-        bad = [int(t) for t in timesteps if not 0 <= int(t) < total]
-        if bad:
-            raise ValueError(f"timestep {bad[0]} is outside the scheduler: it has 0 to {total - 1}")
+        _check_timesteps(timesteps, self.scheduler.config.num_train_timesteps)
 
-    def encoders(self) -> list[nn.Module]:
-        return []   # the frozen models that `encode` uses, such as an autoencoder; part of the fingerprint
+    @cached_property
+    def schedule(self) -> NoiseSchedule:
+        """The noise levels of the model's training. Raises `ValueError` when they cannot be read."""
+        return _schedule_of(self)
+
+    @property
+    def device(self) -> torch.device: return next(self.model.parameters()).device
+
+    def describe(self) -> str:
+        """Class and options, as a store's manifest records them."""
+        return ", ".join([type(self).__name__, *(f"{k}={x!r}" for k, x in sorted(self.options.items()))])
 
     def fingerprint(self) -> str:
-        """16 hex characters that change when a weight, an adapter's scale, the training's noise levels, what
-        is predicted or the choice of parameters changes; not with the sampler.
-        """
+        """16 hex characters that change with all that a gradient depends on, not with the sampler."""
         return _fingerprint(self)
-
-# %% ../../nbs/core/09_objective.ipynb #5ff19de8
-def _adapter_states(model: nn.Module) -> dict:
-    """peft's alpha / rank of each adapted layer; and which adapters are in use, where that is not all of
-    them.
-    """
-    found = {}
-    for name, m in model.named_modules():
-        if isinstance(getattr(m, "scaling", None), dict): found[name] = m.scaling
-        if not isinstance(m, BaseTunerLayer): continue
-        if (
-            m.merged
-            or m.disable_adapters
-            or set(m.active_adapters) != set(m.scaling if hasattr(m, "scaling") else ())
-        ):
-            found[f"{name} in use"] = [sorted(m.active_adapters), bool(m.disable_adapters), bool(m.merged)]
-    return found
-
-# %% ../../nbs/core/09_objective.ipynb #dbe6890a
-def _fingerprint(objective):
-    config = getattr(objective.model, "config", {})
-    plain = {
-        k: np.asarray(config[k]).tolist()
-        for k in sorted(config)
-        if not k.startswith("_") and config[k] is not None}
-    settings = training_settings(objective.scheduler)
-    kinds = [
-        objective.describe(),
-        type(objective.model).__name__,
-        plain,
-        {k: settings[k] for k in sorted(settings)}]
-    scales = _adapter_states(objective.model)
-    for k, encoder in enumerate(objective.encoders()):
-        scales |= {f"{k}: {name}": x for name, x in _adapter_states(encoder).items()}
-    digest = hashlib.sha256(
-        json.dumps([*kinds, list(objective.parameters), *([scales] if scales else [])]).encode())
-    for model in (objective.model, *objective.encoders()):
-        for name, tensor in sorted(model.state_dict().items()):
-            digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-            digest.update(memoryview(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()))
-    return digest.hexdigest()[:16]

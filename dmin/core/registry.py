@@ -50,9 +50,7 @@ def register_family(
 
 # %% ../../nbs/core/10_registry.ipynb #788db070
 def register_objective(*pipelines: str):
-    """Class decorator: this objective is the loss of these pipeline classes, whose images are made elsewhere.
-
-    """
+    """Class decorator: an objective is the loss of these pipeline classes; images are made elsewhere."""
     def register(objective):
         register_family(*pipelines, objective=objective)
         return objective
@@ -73,8 +71,7 @@ def pipeline_family(pipe) -> Family:
         if kind.__name__ in FAMILIES: return FAMILIES[kind.__name__]
     raise TypeError(
         f"{type(pipe).__name__} is not supported: {', '.join(FAMILIES)} are. Subclass Objective and announce"
-        " it with"
-        " dmin.core.registry.register_family to add it, as the notebooks of nbs/families do")
+        " it with dmin.core.registry.register_family to add it, as the notebooks of nbs/families do")
 
 # %% ../../nbs/core/10_registry.ipynb #681325e8
 def make_objective(
@@ -88,10 +85,8 @@ def make_objective(
     """
     if isinstance(pipe, Objective):
         if parameters is None and not options: return pipe
-        raise ValueError(
-            "parameters and options were chosen when this objective was made: pass the pipeline to choose"
-            " others"
-        )
+        raise ValueError("parameters and options were chosen when this objective was made: pass the pipeline"
+                         " to choose others")
     if isinstance(pipe, str):
         raise TypeError(f"{pipe!r} is a name, not a pipeline: load_pipeline({pipe!r}) gives one")
     return pipeline_family(pipe).objective(pipe, parameters, **options)

@@ -16,11 +16,8 @@ from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 
-from accelerate import PartialState
-from diffusers.utils import logging as diffusers_logging
 import torch
 from tqdm import tqdm
-from transformers.utils import logging as transformers_logging
 
 # %% ../../nbs/core/01_runtime.ipynb #85aadfdc
 def _in_notebook() -> bool:
@@ -34,10 +31,14 @@ def bar(iterable=None, desc: str = "", **options) -> tqdm:   # options: those of
 
 # %% ../../nbs/core/01_runtime.ipynb #81d00133
 def launched_processes():
-    """The processes that work on this together, as `torchrun`, `accelerate launch` or `notebook_launcher`
-    started them; this one alone if none did.
+    """This process among those that `torchrun`, `accelerate launch` or `notebook_launcher` started together.
+
+    accelerate's `PartialState`, or for a process alone what looks like it: `process_index`, `num_processes`,
+    `wait_for_everyone()`.
     """
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        from accelerate import PartialState
+
         # without cpu=True, accelerate takes each CPU process for the only one
         return PartialState(cpu=not torch.cuda.is_available())
     return SimpleNamespace(process_index=0, num_processes=1, wait_for_everyone=lambda: None)
@@ -45,7 +46,10 @@ def launched_processes():
 # %% ../../nbs/core/01_runtime.ipynb #64ef6d4f
 @contextlib.contextmanager
 def quiet_libraries():
-    "While open, diffusers and transformers show neither bars for files nor warnings of what was expected."
+    """While open, diffusers and transformers show no bars for files and no warnings of what was expected."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
     libraries = diffusers_logging, transformers_logging
     before = [(x.is_progress_bar_enabled(), x.get_verbosity()) for x in libraries]
     for x in libraries:
@@ -53,29 +57,27 @@ def quiet_libraries():
         x.set_verbosity_error()
     try: yield
     finally:
-        for x, (bar, level) in zip(libraries, before):
-            if bar: x.enable_progress_bar()
+        for x, (shown, level) in zip(libraries, before):
+            if shown: x.enable_progress_bar()
             x.set_verbosity(level)
 
 # %% ../../nbs/core/01_runtime.ipynb #aacb2c4e
-def hub_unreachable(where: str, offline: str, e: Exception) -> OSError:
+def hub_unreachable(where: str, offline: str, error: Exception) -> OSError:
+    """The error to raise where the Hub does not give `where`: `offline` is a name that works without it."""
     return OSError(
         f"{where} cannot be fetched from the Hugging Face Hub: it does not exist, is not open to you, or the"
-        " Hub cannot be reached. Offline, "
-        f"load_pipeline({offline!r}) works, and so does the path of a folder that save_pretrained wrote."
-        f" ({type(e).__name__}: {str(e)[:200]})"
-    )
+        f" Hub cannot be reached. Offline, load_pipeline({offline!r}) works, and so does the path of a folder"
+        f" that save_pretrained wrote. ({type(error).__name__}: {str(error)[:200]})")
 
 # %% ../../nbs/core/01_runtime.ipynb #60250ce4
 def data_folder() -> Path:
-    """The folder with the data that come with dmin: `DMIN_DATA` if that is set, else `data` beside the
-    package.
+    """The data that come with dmin: the folder `DMIN_DATA` if that is set, else `data` beside the package.
 
     Raises `FileNotFoundError` when it is not there, as after an installation that is not from a clone.
     """
     if "DMIN_DATA" in os.environ: folder = Path(os.environ["DMIN_DATA"])
     else:
-        spec = importlib.util.find_spec("dmin")  # not __file__, which a notebook does not have
+        spec = importlib.util.find_spec("dmin")   # not __file__, which a notebook does not have
         folder = Path(spec.submodule_search_locations[0]).parent / "data" if spec else Path("data")
     if not (folder / "mini").is_dir():
         raise FileNotFoundError(
@@ -85,9 +87,7 @@ def data_folder() -> Path:
 
 # %% ../../nbs/core/01_runtime.ipynb #b5e6ba79
 def out_folder() -> Path:
-    """Where notebooks put what they make: the environment variable DMIN_OUT, else `out` beside the package's
-    data.
-    """
+    """Where notebooks put what they make: the folder `DMIN_OUT`, if that is set, or `out` beside the data."""
     folder = Path(os.environ.get("DMIN_OUT") or data_folder().parent / "out")
     folder.mkdir(parents=True, exist_ok=True)
     return folder
@@ -99,25 +99,26 @@ def shown_path(path: Path) -> str:
     return str(path.resolve().relative_to(root)) if path.resolve().is_relative_to(root) else str(path)
 
 # %% ../../nbs/core/01_runtime.ipynb #5ea5ef3c
-def _processor():
-    try:
-        return next(
-            line.split(":")[1].strip()
-            for line in Path("/proc/cpuinfo").read_text().splitlines()
-            if line.startswith("model name"))
-    except (OSError, StopIteration): return platform.processor() or platform.machine()
+def _processor() -> str:
+    usual = platform.processor() or platform.machine()
+    try: lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError: return usual
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), usual)
+
+
+def _memory_gb() -> int | None:
+    if not hasattr(os, "sysconf"): return None   # Windows
+    return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9)
 
 
 def machine() -> dict:
     """What this runs on: processor, cores, memory (GB), GPU, and the versions of what computes."""
-    memory = (
-        os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9 if hasattr(os, "sysconf") else None)
     return {
         "processor": _processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "memory_gb": memory and round(memory),
+        "memory_gb": _memory_gb(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
-        **{p: version(p) for p in ("torch", "diffusers", "numpy", "hnswlib")}}
+        **{name: version(name) for name in ("torch", "diffusers", "numpy", "hnswlib")}}

@@ -11,21 +11,50 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
-from diffusers import DDPMScheduler, SchedulerMixin
 import numpy as np
 import torch
 
 # %% ../../nbs/core/07_schedule.ipynb #8bfef3e3
 _DIFFUSION = ("beta_start", "beta_end", "beta_schedule", "prediction_type", "rescale_betas_zero_snr")
 _PREDICTIONS = ("epsilon", "sample", "v_prediction")
-_OTHER = {  # fields that change the training's noise levels in a way that is not written down here, and when they do
+# Fields that change the training's noise levels in a way that is not written down here, and when they do.
+_OTHER = {
     "snr_shift_scale": lambda x: x is not None,
     "use_dynamic_shifting": bool,
     "invert_sigmas": bool,
     "timestep_type": lambda x: x == "continuous"}
 
+
+def _unreadable(name: str, why: str) -> ValueError:
+    return ValueError(
+        f"the noise levels that the model was trained with cannot be read from {name}, which {why}: put the"
+        " scheduler into the pipeline that it was trained with, pipe.scheduler ="
+        " DDPMScheduler.from_pretrained(…), or one of the same betas or shift")
+
+# %% ../../nbs/core/07_schedule.ipynb #131d85e3
+def _flow_settings(config: Mapping, name: str) -> dict:
+    steps, kind = config.get("num_train_timesteps"), config.get("prediction_type", "flow_prediction")
+    shift = config.get("flow_shift") if config.get("use_flow_sigmas") else config.get("shift")
+    if shift is None or not steps:
+        raise _unreadable(name, "has neither betas nor a flow's shift")
+    if kind != "flow_prediction":
+        raise _unreadable(name, f"has use_flow_sigmas with prediction_type={kind!r}")
+    return {"num_train_timesteps": int(steps), "shift": float(shift)}
+
+
+def _diffusion_settings(config: Mapping, name: str) -> dict:
+    kind, trained_betas = config.get("prediction_type"), config.get("trained_betas")
+    if kind not in _PREDICTIONS:
+        raise ValueError(f"prediction_type={kind!r} of {name} is not supported: choose one of "
+                         f"{', '.join(_PREDICTIONS)}, as the model was trained")
+    settings = {"num_train_timesteps": int(config["num_train_timesteps"]), "rescale_betas_zero_snr": False}
+    settings |= {field: config[field] for field in _DIFFUSION if config.get(field) is not None}
+    if trained_betas is None: return settings
+    settings = {field: x for field, x in settings.items() if not field.startswith("beta_")}
+    return settings | {"trained_betas": np.asarray(trained_betas, dtype=float).tolist()}
+
 # %% ../../nbs/core/07_schedule.ipynb #ebbbc5bb
-def training_settings(scheduler: SchedulerMixin) -> dict:
+def training_settings(scheduler) -> dict:   # scheduler: any of diffusers
     """What the training loss depends on, under one set of names for all schedulers of diffusers.
 
     Of a diffusion: `num_train_timesteps`, `prediction_type`, and the betas by `beta_schedule` or one by one.
@@ -37,35 +66,16 @@ def training_settings(scheduler: SchedulerMixin) -> dict:
             raise _unreadable(name, f"has {field}={config[field]!r}")
     flow = config.get("use_flow_sigmas") or config.get("prediction_type") == "flow_prediction"
     if flow or "beta_start" not in config: return _flow_settings(config, name)
-    if (kind := config.get("prediction_type")) not in _PREDICTIONS:
-        raise ValueError(f"prediction_type={kind!r} of {name} is not supported: choose one of "
-                         f"{', '.join(_PREDICTIONS)}, as the model was trained")
-    betas = {"rescale_betas_zero_snr": False} | {
-        k: config[k] for k in _DIFFUSION if config.get(k) is not None}
-    if config.get("trained_betas") is not None:
-        betas = {k: x for k, x in betas.items() if not k.startswith("beta_")}
-        betas["trained_betas"] = np.asarray(config["trained_betas"], dtype=float).tolist()
-    return {"num_train_timesteps": int(config.num_train_timesteps)} | betas
-
-# %% ../../nbs/core/07_schedule.ipynb #131d85e3
-def _flow_settings(config: Mapping, name: str) -> dict:
-    shift = config.get("flow_shift") if config.get("use_flow_sigmas") else config.get("shift")
-    if shift is None or not config.get("num_train_timesteps"):
-        raise _unreadable(name, "has neither betas nor a flow's shift")
-    if config.get("prediction_type", "flow_prediction") != "flow_prediction":
-        raise _unreadable(name, f"has use_flow_sigmas with prediction_type={config['prediction_type']!r}")
-    return {"num_train_timesteps": int(config["num_train_timesteps"]), "shift": float(shift)}
-
-
-def _unreadable(name: str, why: str) -> ValueError:
-    return ValueError(
-        f"the noise levels that the model was trained with cannot be read from {name}, which {why}: put the"
-        " scheduler into the"
-        " pipeline that it was trained with, pipe.scheduler = DDPMScheduler.from_pretrained(…), or one of the"
-        " same betas or shift"
-    )
+    return _diffusion_settings(config, name)
 
 # %% ../../nbs/core/07_schedule.ipynb #0c25f8dc
+_TARGETS = {   # of the image z0, the noise eps, and their factors a and b: what the network should predict
+    "epsilon": lambda z0, eps, a, b: eps,                      # Ho et al. 2020, Eq. 14
+    "sample": lambda z0, eps, a, b: z0,
+    "v_prediction": lambda z0, eps, a, b: a * eps - b * z0,    # Salimans & Ho 2022, Eq. 11
+    "flow": lambda z0, eps, a, b: eps - z0}                    # Esser et al. 2024, Eq. 13
+
+# %% ../../nbs/core/07_schedule.ipynb #3724578f
 @dataclass(frozen=True, eq=False)
 class NoiseSchedule:
     """How each training timestep mixes image and noise, and what the network learns to predict of the two."""
@@ -77,53 +87,28 @@ class NoiseSchedule:
     def __len__(self): return len(self.image)
 
     def factors(self, t: torch.Tensor, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The image's and the noise's factor at timesteps `t` (n,), each of shape (n, 1, …) with as many
-        dimensions as `like`.
-        """
+        """The image's and the noise's factor at `t` (n,), (n, 1, …) each with `like`'s dimensions."""
         shape, t = (-1, *[1] * (like.ndim - 1)), t.to(like.device)
         return tuple(x.to(like.device)[t].view(shape).to(like.dtype) for x in (self.image, self.noise))
 
     def mix(self, z0: torch.Tensor, eps: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        """What the network sees at timesteps `t` (n,) of latents and noise, (n, …) each.
-
-        Source: Ho et al. 2020, Eq. 4.
-        """
+        """What the network sees at `t` (n,) of image and noise, (n, …). Source: Ho et al. 2020, Eq. 4."""
         a, b = self.factors(t, z0)
         return a * z0 + b * eps
 
     def target(self, z0: torch.Tensor, eps: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        """What the network should predict, of `z0`'s shape. Source: Ho et al. 2020, Eq. 14 (epsilon);
-        Salimans & Ho 2022, Eq. 11 (v_prediction); Esser et al. 2024, Eq. 13 (flow).
-        """
-        if self.prediction_type == "epsilon": return eps
-        if self.prediction_type == "sample": return z0
-        if self.prediction_type == "flow": return eps - z0
-        a, b = self.factors(t, z0)
-        return a * eps - b * z0
+        """What the network should predict at timesteps `t` (n,), of `z0`'s shape."""
+        return _TARGETS[self.prediction_type](z0, eps, *self.factors(t, z0))
 
 # %% ../../nbs/core/07_schedule.ipynb #fd62305c
-def noise_schedule(scheduler: SchedulerMixin) -> NoiseSchedule:
-    """The noise levels that a scheduler's configuration implies. Raises `ValueError` for one that does not
-    tell.
+def _training_scheduler(settings: Mapping, name: str):
+    from diffusers import DDPMScheduler
 
-    Source: Ho et al. 2020, Eq. 4; Esser et al. 2024, Eq. 23 (a flow's shift).
-    """
-    return _schedule(json.dumps(training_settings(scheduler), sort_keys=True), type(scheduler).__name__)
+    try: return DDPMScheduler(**settings)
+    except (NotImplementedError, ValueError) as e:
+        raise _unreadable(name, f"has betas that diffusers cannot compute ({e})") from e
 
 
-@lru_cache(8)
-def _schedule(settings: str, name: str) -> NoiseSchedule:
-    settings = json.loads(settings)
-    found = _levels(settings, name)
-    right = all(x.isfinite().all() and (x >= 0).all() and (x <= 1).all() for x in (found.image, found.noise))
-    if not right or len(found) != settings["num_train_timesteps"] or not (found.noise > 0).all():
-        raise _unreadable(
-            name,
-            f"makes no noise levels between 0 and 1 for {settings['num_train_timesteps']} timesteps of"
-            f" { {k: x for k, x in settings.items() if k != 'trained_betas'} }")
-    return found
-
-# %% ../../nbs/core/07_schedule.ipynb #3b596627
 def _levels(settings: Mapping, name: str) -> NoiseSchedule:
     steps = torch.arange(settings["num_train_timesteps"], dtype=torch.float32)
     if "shift" in settings:
@@ -133,15 +118,30 @@ def _levels(settings: Mapping, name: str) -> NoiseSchedule:
     kept = _training_scheduler(settings, name).alphas_cumprod
     return NoiseSchedule(kept**.5, (1 - kept)**.5, steps, settings["prediction_type"])
 
+# %% ../../nbs/core/07_schedule.ipynb #3b596627
+def noise_schedule(scheduler) -> NoiseSchedule:   # scheduler: any of diffusers
+    """The noise levels that a configuration implies. Raises `ValueError` for one that does not tell.
 
-def training_scheduler(scheduler: SchedulerMixin) -> DDPMScheduler:
+    Source: Ho et al. 2020, Eq. 4; Esser et al. 2024, Eq. 23 (a flow's shift).
+    """
+    return _schedule(json.dumps(training_settings(scheduler), sort_keys=True), type(scheduler).__name__)
+
+
+@lru_cache(8)
+def _schedule(settings: str, name: str) -> NoiseSchedule:
+    settings = json.loads(settings)
+    levels, steps = _levels(settings, name), settings["num_train_timesteps"]
+    factors = torch.cat([levels.image, levels.noise])
+    right = ((factors >= 0) & (factors <= 1)).all() and (levels.noise > 0).all()   # False for NaN
+    if not right or len(levels) != steps:
+        short = {field: x for field, x in settings.items() if field != "trained_betas"}
+        raise _unreadable(name, f"makes no noise levels between 0 and 1 for {steps} timesteps of {short}")
+    return levels
+
+# %% ../../nbs/core/07_schedule.ipynb #c1bad142
+def training_scheduler(scheduler):   # any of diffusers -> a DDPMScheduler
     """A `DDPMScheduler` of the same betas, which no sampling has touched. Raises `ValueError` for a flow."""
-    settings = training_settings(scheduler)
+    settings, name = training_settings(scheduler), type(scheduler).__name__
     if "shift" in settings:
-        raise ValueError(f"{type(scheduler).__name__} is of a flow, which has no betas")
-    return _training_scheduler(settings, type(scheduler).__name__)
-
-
-def _training_scheduler(settings: Mapping, name: str) -> DDPMScheduler:
-    try: return DDPMScheduler(**settings)
-    except (NotImplementedError, ValueError) as e: raise _unreadable(name, f"has betas that diffusers cannot compute ({e})") from e
+        raise ValueError(f"{name} is of a flow, which has no betas")
+    return _training_scheduler(settings, name)

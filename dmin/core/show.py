@@ -9,17 +9,11 @@ __all__ = ['show_images', 'Photograph', 'Strip', 'attribution_figure', 'attribut
 import base64
 import html
 import io
-import itertools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
 from PIL import Image
-from matplotlib.figure import Figure
-from matplotlib.font_manager import FontProperties
-from matplotlib.lines import Line2D
-import matplotlib.pyplot as plt
-from matplotlib.textpath import TextToPath
 import numpy as np
 
 from .checks import whole
@@ -27,7 +21,11 @@ from .checks import whole
 # %% ../../nbs/core/05_show.ipynb #40230259
 def _text_width(text: str, points: float) -> float:
     """In inches."""
-    return TextToPath().get_text_width_height_descent(text, FontProperties(size=points), ismath=False)[0] / 72
+    from matplotlib.font_manager import FontProperties
+    from matplotlib.textpath import TextToPath
+
+    font = FontProperties(size=points)
+    return TextToPath().get_text_width_height_descent(text, font, ismath=False)[0] / 72
 
 
 def _shorten(text: str, width: float, points: float) -> str:
@@ -43,8 +41,11 @@ def _wrap(text: str, width: float, points: float, lines: int) -> list[str]:
     for paragraph in text.split("\n"):
         line = ""
         for word in paragraph.split():
-            if line and _text_width(f"{line} {word}", points) > width: done, line = [*done, line], word
-            else: line = f"{line} {word}".strip()
+            longer = f"{line} {word}".strip()
+            if line and _text_width(longer, points) > width:
+                done.append(line)
+                longer = word
+            line = longer
         done.append(line)
     if len(done) > lines: done = [*done[:lines - 1], " ".join(done[lines - 1:])]
     return [_shorten(line, width, points) for line in done]
@@ -54,9 +55,7 @@ _SMALL = 128  # images up to this many pixels a side are shown pixel by pixel
 
 
 def _as_image(image) -> Image.Image:
-    """A PIL image of mode L, RGB or RGBA, from one of any mode, or from a (H, W) or (H, W, C) array of uint8
-    or of floats in [0, 1].
-    """
+    """A PIL image of mode L, RGB or RGBA, from any or from an array as `show_images` takes them."""
     if not isinstance(image, Image.Image):
         a = np.asarray(image)
         if a.dtype != np.uint8: a = (np.clip(a, 0, 1) * 255).round().astype(np.uint8)
@@ -71,70 +70,60 @@ _INK, _GREY, _FAINT, _QUERY = "#1a1a1a", "#6b6b6b", "#d0d0d0", "#c2410c"
 _LINE = 1.3 / 72  # height of a line of text, in inches per point
 
 
-def _new_figure(width: float, height: float) -> Figure:
+def _new_figure(width: float, height: float):   # a matplotlib Figure
+    import matplotlib.pyplot as plt
+
     fig = plt.figure(figsize=(width, height), dpi=110, facecolor="white")
     plt.close(fig)  # it is returned; a notebook would otherwise show it twice
     return fig
 
 # %% ../../nbs/core/05_show.ipynb #39de0c00
-def _place(
-    fig: Figure, image, left: float, top: float, side: float, edge: str = _FAINT, thick: float = 0.6
-) -> None:
+def _place(fig, image, left: float, top: float, side: float, edge: str = _FAINT, thick: float = .6) -> None:
     """`image` in the middle of a square, with a frame of its own shape."""
     image, (width, height) = _as_image(image), fig.get_size_inches()
     w, h = (side * s / max(image.size) for s in image.size)
     left, top = left + (side - w) / 2, top + (side - h) / 2
     ax = fig.add_axes((left / width, 1 - (top + h) / height, w / width, h / height))
-    ax.imshow(
-        np.asarray(image),
-        cmap="gray",
-        vmin=0,
-        vmax=255,
-        aspect="auto",
-        interpolation="nearest" if _is_small(image) else "antialiased")
+    smooth = "nearest" if _is_small(image) else "antialiased"
+    ax.imshow(np.asarray(image), cmap="gray", vmin=0, vmax=255, aspect="auto", interpolation=smooth)
     ax.set(xticks=[], yticks=[])
     for spine in ax.spines.values(): spine.set(edgecolor=edge, linewidth=thick)
 
 # %% ../../nbs/core/05_show.ipynb #b73c9ca1
-def _write(fig: Figure, lines: list[str], x: float, top: float, points: float, ha="center", **style) -> None:
+def _write(fig, lines: list[str], x: float, top: float, points: float, ha="center", **style) -> None:
     """Lines of text below one another, as they are: `$` starts no formula."""
     width, height = fig.get_size_inches()
-    for i, line in enumerate(lines):
-        fig.text(
-            x / width,
-            1 - (top + i * points * _LINE) / height,
-            line,
-            fontsize=points,
-            ha=ha,
-            va="top",
-            parse_math=False,
-            **style)
+    style |= dict(fontsize=points, ha=ha, va="top", parse_math=False)
+    for line in lines:
+        fig.text(x / width, 1 - top / height, line, **style)
+        top += points * _LINE
+
+# %% ../../nbs/core/05_show.ipynb #5250b435
+def _row_tops(texts: list[list[str]], n: int, columns: int, side: float, gap: float, points: float) -> list:
+    """Where each row of n images begins and the last one ends; a row without titles has no room for them."""
+    tops = [gap]
+    for first in range(0, n, columns):
+        lines = max((len(text) for text in texts[first:first + columns] if any(text)), default=0)
+        tops.append(tops[-1] + side + gap + (lines * points * _LINE + .05 if lines else 0))
+    return tops
 
 # %% ../../nbs/core/05_show.ipynb #ffee5c0e
 def show_images(
-    images: Sequence,                     # PIL images, or arrays (H, W) or (H, W, C) of uint8 or of floats in
-                                          # [0, 1]
-    titles: Sequence[str] | None = None,  # a text below each, one line or several
-    columns: int = 10,                    # images in a row
-    scale: float = 1.,                    # 1: each is 0.8 inches wide
-) -> Figure:
+    images: Sequence,                      # PIL images, or arrays (H, W) or (H, W, C) of uint8 or of floats
+                                           # in [0, 1]
+    titles: Sequence[str] | None = None,   # a text below each, one line or several
+    columns: int = 10,                     # images in a row
+    scale: float = 1.,                     # 1: each is 0.8 inches wide
+):                                         # a matplotlib Figure
     """Images in a grid. Raises `ValueError` when there are none, or not as many titles as images."""
-    images = list(images)
+    images, columns = list(images), whole("columns", columns)
     if not images:
         raise ValueError("there are no images to show")
     if titles is not None and len(titles) != len(images):
         raise ValueError(f"{len(images)} images and {len(titles)} titles")
-    columns = whole("columns", columns)
-    side, gap, points = .8 * scale, .08, 7.5 * min(1, max(.8, scale))
+    columns, side, gap, points = min(columns, len(images)), .8 * scale, .08, 7.5 * min(1, max(.8, scale))
     texts = [_wrap(str(t), side + gap / 2, points, 3) for t in titles or []]
-    columns = min(columns, len(images))
-    lines = [
-        max((len(t) for t in texts[i : i + columns] if any(t)), default=0)
-        for i in range(0, len(images), columns)
-    ]  # in each row
-    tops = list(
-        itertools.accumulate(
-            (side + gap + (n * points * _LINE + 0.05 if n else 0) for n in lines), initial=gap))
+    tops = _row_tops(texts, len(images), columns, side, gap, points)
     fig = _new_figure(columns * (side + gap) + gap, tops[-1])
     for i, image in enumerate(images):
         left, top = gap + i % columns * (side + gap), tops[i // columns]
@@ -146,14 +135,12 @@ def show_images(
 class Photograph:
     """A matplotlib figure as JPEG, which notebooks draw. Closes the figure."""
 
-    def __init__(self, fig: Figure, dpi: int = 100, quality: int = 85):
+    def __init__(self, fig, dpi: int = 100, quality: int = 85):   # quality: 1 to 95, Pillow's
+        import matplotlib.pyplot as plt
+
+        kept, options = io.BytesIO(), {"quality": quality, "optimize": True}
         fig.savefig(
-            kept := io.BytesIO(),
-            format="jpeg",
-            dpi=dpi,
-            bbox_inches="tight",
-            facecolor="white",
-            pil_kwargs={"quality": quality, "optimize": True})
+            kept, format="jpeg", dpi=dpi, bbox_inches="tight", facecolor="white", pil_kwargs=options)
         plt.close(fig)
         self.jpeg = kept.getvalue()
 
@@ -163,16 +150,15 @@ class Photograph:
 # %% ../../nbs/core/05_show.ipynb #963fcaf5
 class Strip(NamedTuple):
     """One row of an attribution: a query and some of its training images. Images as in `show_images`."""
-    # None: leaves the place empty, for a strip that goes on with the query of the one above
-    query_image: object
+    query_image: object           # None: an empty place, where a strip goes on with the query above
     query_title: str              # below the query
     images: Sequence              # the training images, best first
-    # below each: rank, score, label; one line each or several, the first is set bold
-    titles: Sequence[str]
+    titles: Sequence[str]         # below each: rank, score, label; in lines, of which the first is bold
     heading: str = ""             # above the training images
 
 # %% ../../nbs/core/05_show.ipynb #adc62863
 _SIDE, _QUERY_SIDE, _GAP, _MARGIN, _APART = .8, 1.15, .09, .12, .26   # inches
+_THUMBS = _MARGIN + _QUERY_SIDE + _APART   # where the first training image begins
 _PER_LINE, _POINTS, _HEADING = 10, 7.5, 8.5
 
 
@@ -191,42 +177,44 @@ def _layout(strip: Strip) -> _Layout:
         raise ValueError(f"a strip has {len(strip.images)} images and {len(strip.titles)} titles")
     if not len(strip.images):
         raise ValueError("a strip has no training images")
+    line = _POINTS * _LINE
     query = _wrap(strip.query_title, _QUERY_SIDE + .1, _POINTS, 5)
     titles = [_wrap(t, _SIDE + _GAP / 2, _POINTS, 4) for t in strip.titles]
-    step = _SIDE + .04 + max(map(len, titles)) * _POINTS * _LINE + .08
+    step = _SIDE + .04 + max(map(len, titles)) * line + .08
     heading = _HEADING * _LINE + .06 if strip.heading else 0
-    left = (_QUERY_SIDE if strip.query_image is not None else 0) + .05 + len(query) * _POINTS * _LINE
-    return _Layout(
-        strip, query, titles, step, heading, heading + max(left, math.ceil(len(titles) / _PER_LINE) * step))
+    left = (_QUERY_SIDE if strip.query_image is not None else 0) + .05 + len(query) * line
+    right = math.ceil(len(titles) / _PER_LINE) * step
+    return _Layout(strip, query, titles, step, heading, heading + max(left, right))
 
 # %% ../../nbs/core/05_show.ipynb #5474ffc0
-def _draw_strip(fig: Figure, layout: _Layout, top: float) -> None:
-    strip, thumbs = layout.strip, _MARGIN + _QUERY_SIDE + _APART
-    if strip.heading: _write(fig, [strip.heading], thumbs, top, _HEADING, ha="left", color=_GREY)
-    top += layout.heading
-    if strip.query_image is not None:
-        _place(fig, strip.query_image, _MARGIN, top, _QUERY_SIDE, edge=_QUERY, thick=1.6)
-    below = top + (_QUERY_SIDE + .06 if strip.query_image is not None else 0)
+def _draw_query(fig, layout: _Layout, top: float) -> None:
+    """The query, its title, and the line behind it."""
+    from matplotlib.lines import Line2D
+
+    image, (width, height) = layout.strip.query_image, fig.get_size_inches()
+    if image is not None: _place(fig, image, _MARGIN, top, _QUERY_SIDE, edge=_QUERY, thick=1.6)
+    below = top + (_QUERY_SIDE + .06 if image is not None else 0)
     _write(fig, layout.query, _MARGIN + _QUERY_SIDE / 2, below, _POINTS, color=_INK)
-    width, height = fig.get_size_inches()
-    x = (thumbs - _APART / 2) / width
-    fig.add_artist(
-        Line2D(
-            [x, x],
-            [1 - top / height, 1 - (top + layout.height - layout.heading - 0.06) / height],
-            color=_FAINT,
-            linewidth=0.8))
-    for i, image in enumerate(strip.images):
-        left, y = thumbs + i % _PER_LINE * (_SIDE + _GAP), top + i // _PER_LINE * layout.step
+    x, bottom = (_THUMBS - _APART / 2) / width, top + layout.height - layout.heading - .06
+    fig.add_artist(Line2D([x, x], [1 - top / height, 1 - bottom / height], color=_FAINT, linewidth=.8))
+
+
+def _draw_strip(fig, layout: _Layout, top: float) -> None:
+    heading = layout.strip.heading
+    if heading: _write(fig, [heading], _THUMBS, top, _HEADING, ha="left", color=_GREY)
+    top += layout.heading
+    _draw_query(fig, layout, top)
+    for i, (image, (first, *rest)) in enumerate(zip(layout.strip.images, layout.titles)):
+        left, y = _THUMBS + i % _PER_LINE * (_SIDE + _GAP), top + i // _PER_LINE * layout.step
+        x, below = left + _SIDE / 2, y + _SIDE + .04
         _place(fig, image, left, y, _SIDE)
-        (first, *rest), x = layout.titles[i], left + _SIDE / 2
-        _write(fig, [first], x, y + _SIDE + .04, _POINTS, color=_INK, weight="bold")
-        _write(fig, rest, x, y + _SIDE + .04 + _POINTS * _LINE, _POINTS, color=_GREY)
+        _write(fig, [first], x, below, _POINTS, color=_INK, weight="bold")
+        _write(fig, rest, x, below + _POINTS * _LINE, _POINTS, color=_GREY)
 
 # %% ../../nbs/core/05_show.ipynb #b97f83d3
 def attribution_figure(
     rows: Sequence[Strip],   # drawn below one another
-) -> Figure:
+):                           # a matplotlib Figure
     """Queries and their training images, ready to print: `figure.savefig("attribution.pdf")`.
 
     Thumbnails have one size whatever the images' is; more than ten go on in another line. Raises `ValueError`
@@ -236,16 +224,19 @@ def attribution_figure(
     if not layouts:
         raise ValueError("there are no strips to draw")
     columns, between = min(_PER_LINE, max(len(strip.images) for strip in rows)), .14
-    width = _MARGIN + _QUERY_SIDE + _APART + columns * (_SIDE + _GAP) - _GAP + _MARGIN
-    fig = _new_figure(
-        width, 2 * _MARGIN + sum(layout.height for layout in layouts) + between * (len(layouts) - 1))
-    top = _MARGIN
+    height = 2 * _MARGIN + sum(layout.height for layout in layouts) + between * (len(layouts) - 1)
+    fig, top = _new_figure(_THUMBS + columns * (_SIDE + _GAP) - _GAP + _MARGIN, height), _MARGIN
     for layout in layouts:
         _draw_strip(fig, layout, top)
         top += layout.height + between
     return fig
 
 # %% ../../nbs/core/05_show.ipynb #fc87d7b1
+def _tag(name: str, style: str, *inside: str) -> str:
+    """An element of HTML with a style; what is inside is HTML already."""
+    return f'<{name} style="{style}">{"".join(inside)}</{name}>'
+
+
 def _img(image, side: int, style: str) -> str:
     """An <img> at most `side` CSS pixels wide and high."""
     image = _as_image(image)
@@ -257,41 +248,33 @@ def _img(image, side: int, style: str) -> str:
     buffer = io.BytesIO()
     image.save(buffer, "png", optimize=True)
     data = base64.b64encode(buffer.getvalue()).decode()
-    return f'<img src="data:image/png;base64,{data}" alt="" width="{w}" height="{h}" style="width:{w}px;height:{h}px;max-width:none;margin:0;{style}">'
+    style = f"width:{w}px;height:{h}px;max-width:none;margin:0;{style}"
+    return f'<img src="data:image/png;base64,{data}" alt="" width="{w}" height="{h}" style="{style}">'
 
-
+# %% ../../nbs/core/05_show.ipynb #40609129
 def _figure(image: str, side: int, title: str, bold: bool) -> str:
+    """An <img> in the middle of a square, with its title below."""
     first, *rest = html.escape(title).split("\n")
-    text = (f"<b>{first}</b>" if bold else first) + "".join(
-        f'<br><span style="opacity:.75">{line}</span>' for line in rest)
-    return (
-        f'<div style="width:{side}px;text-align:center;overflow-wrap:anywhere">'
-        "<div"
-        f' style="height:{side}px;display:flex;align-items:center;justify-content:center">{image}</div>{text}</div>'
-    )
+    lines = [f"<b>{first}</b>" if bold else first, *(_tag("span", "opacity:.75", line) for line in rest)]
+    middle = f"height:{side}px;display:flex;align-items:center;justify-content:center"
+    square = _tag("div", middle, image)
+    return _tag("div", f"width:{side}px;text-align:center;overflow-wrap:anywhere", square, "<br>".join(lines))
 
 # %% ../../nbs/core/05_show.ipynb #b16e34c6
 def _strip_html(strip: Strip) -> str:
-    frame = "border:2px solid #c2410c;box-sizing:border-box"
-    query = (
-        _figure(_img(strip.query_image, 104, frame), 104, strip.query_title, bold=False)
-        if strip.query_image is not None
-        else "")
-    thumbs = "".join(
-        _figure(
-            _img(image, 72, "border:1px solid rgba(128,128,128,.4);box-sizing:border-box"),
-            72,
-            title,
-            bold=True)
-        for image, title in zip(strip.images, strip.titles, strict=True))
-    heading = (
-        f'<div style="opacity:.75;margin-bottom:4px">{html.escape(strip.heading)}</div>'
-        if strip.heading
-        else "")
-    return (
-        f'<div style="display:flex;gap:14px;margin:8px 0"><div style="flex:none;width:104px">{query}</div>'
-        f'<div style="border-left:1px solid rgba(128,128,128,.5);padding-left:14px">{heading}'
-        f'<div style="display:flex;flex-wrap:wrap;gap:8px">{thumbs}</div></div></div>')
+    frame, edge = "border:2px solid #c2410c", "border:1px solid rgba(128,128,128,.4)"
+    query, heading, thumbs = "", "", ""
+    if strip.query_image is not None:
+        image = _img(strip.query_image, 104, f"{frame};box-sizing:border-box")
+        query = _figure(image, 104, strip.query_title, bold=False)
+    if strip.heading: heading = _tag("div", "opacity:.75;margin-bottom:4px", html.escape(strip.heading))
+    for image, title in zip(strip.images, strip.titles, strict=True):
+        thumbs += _figure(_img(image, 72, f"{edge};box-sizing:border-box"), 72, title, bold=True)
+    thumbs = _tag("div", "display:flex;flex-wrap:wrap;gap:8px", thumbs)
+    return _tag(
+        "div", "display:flex;gap:14px;margin:8px 0",
+        _tag("div", "flex:none;width:104px", query),
+        _tag("div", "border-left:1px solid rgba(128,128,128,.5);padding-left:14px", heading, thumbs))
 
 # %% ../../nbs/core/05_show.ipynb #d14ddcb1
 def attribution_html(
@@ -301,7 +284,5 @@ def attribution_html(
 
     Raises `ValueError` when titles are missing.
     """
-    return (
-        '<div style="font:12px/1.35 system-ui,sans-serif;color:inherit">'
-        + "".join(_strip_html(strip) for strip in rows)
-        + "</div>")
+    style = "font:12px/1.35 system-ui,sans-serif;color:inherit"
+    return _tag("div", style, *(_strip_html(strip) for strip in rows))

@@ -6,7 +6,6 @@
 __all__ = ['SPACINGS', 'select_timesteps']
 
 # %% ../../nbs/core/08_timesteps.ipynb #79bfe652
-from diffusers import SchedulerMixin
 import numpy as np
 import torch
 
@@ -16,16 +15,15 @@ from .checks import whole
 SPACINGS = {
     "uniform": lambda n: np.arange(n) / n,                                # D-TRAK, appendix B
     "trailing": lambda n: (np.arange(n) + 1) / n - 1e-9,                  # ends at the noisiest timestep
-    # the DMin authors' code: dense where it is noisy
-    "released": lambda n: 1 - np.linspace(0, 1, n + 1)[:-1] ** 3 - 1e-9,
+    "released": lambda n: 1 - np.linspace(0, 1, n + 1)[:-1] ** 3 - 1e-9,  # the DMin authors' code
 }
 
 # %% ../../nbs/core/08_timesteps.ipynb #f32f77dc
 def select_timesteps(
-    scheduler: SchedulerMixin,   # any diffusers scheduler
+    scheduler,                   # any scheduler of diffusers
     n: int,                      # how many, 1 to `scheduler.config.num_train_timesteps`
     spacing: str = "uniform",    # a name in `SPACINGS`
-) -> torch.Tensor:# (n,) int64, ascending, distinct; fewer than n where a spacing visits one twice
+) -> torch.Tensor:               # (n,) int64, ascending, distinct; fewer where a spacing visits one twice
     """The timesteps at which gradients are collected.
 
     Raises `ValueError` when `n` is no whole number or out of range, or `spacing` is unknown. Source: DMin,
@@ -34,9 +32,8 @@ def select_timesteps(
     total = scheduler.config.num_train_timesteps
     try: n = whole("n", n, most=total)
     except ValueError as e:
-        raise ValueError(
-            f"n={n} timesteps asked of a scheduler that has {total}: choose 1 to {total}, whole"
-        ) from e
+        asked = f"n={n} timesteps asked of a scheduler that has {total}"
+        raise ValueError(f"{asked}: choose 1 to {total}, whole") from e
     if spacing not in SPACINGS:
         raise ValueError(f"unknown spacing {spacing!r}: choose one of {', '.join(SPACINGS)}")
     return torch.from_numpy(np.unique((SPACINGS[spacing](n) * total).astype(np.int64)))

@@ -8,14 +8,12 @@ __all__ = ['StableDiffusionObjective', 'tiny_sd', 'sample_sd']
 # %% ../../nbs/families/02_stable_diffusion.ipynb #6d04ae27
 from collections.abc import Sequence
 
-from PIL import Image
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 import torch
-from transformers import CLIPTextModel, CLIPTokenizer
 
 from ..core.registry import register_family
+from .ddpm import seeded
 from .latent import (
-    height_and_width_options, PromptedObjective, seeded, tiny_text_encoder, tiny_vae, train_tokenizer)
+    PromptedObjective, height_and_width_options, latent_side, tiny_text_encoder, tiny_vae, train_tokenizer)
 
 # %% ../../nbs/families/02_stable_diffusion.ipynb #24415b13
 class StableDiffusionObjective(PromptedObjective):
@@ -30,42 +28,28 @@ class StableDiffusionObjective(PromptedObjective):
         """`prompt` (n, tokens, width)."""
         return {"prompt": self.pipe.encode_prompt(prompts, self.device, 1, False)[0].to(self.device)}
 
-    def predict(
-        self, encoded: dict[str, torch.Tensor], t: torch.Tensor, eps: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def predict(self, encoded: dict, t: torch.Tensor, eps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """What the network predicts, and what it should, (n, *shape) each."""
         z0, dtype = encoded["z0"], self.model.dtype
-        zt = self.noisy(z0, eps, t).to(dtype)
-        return self.model(
-            zt, t, encoder_hidden_states=encoded["prompt"].to(dtype)
-        ).sample.float(), self.schedule.target(z0, eps, t)
+        zt, prompt = self.noisy(z0, eps, t).to(dtype), encoded["prompt"].to(dtype)
+        return self.model(zt, t, encoder_hidden_states=prompt).sample.float(), self.schedule.target(
+            z0, eps, t)
 
 # %% ../../nbs/families/02_stable_diffusion.ipynb #6c500a9b
 def tiny_sd(
-    tokenizer: CLIPTokenizer | None = None,        # by default one that knows letters alone
-    vae: AutoencoderKL | None = None,              # by default an untrained `tiny_vae()`
-    text_encoder: CLIPTextModel | None = None,     # by default an untrained `tiny_text_encoder`
-    channels: Sequence[int] = (32, 64, 128),       # width of each level, a multiple of 16; each but the first
-                                                   # halves the latent
-    seed: int = 0,                                 # of the weights
-) -> StableDiffusionPipeline:
+    tokenizer=None,          # a CLIPTokenizer; by default one that knows letters alone
+    vae=None,                # an AutoencoderKL; by default an untrained `tiny_vae()`
+    text_encoder=None,       # a CLIPTextModel; by default an untrained `tiny_text_encoder`
+    channels: Sequence[int] = (32, 64, 128),   # width of each level, a multiple of 16; each but the first
+                                               # halves the latent
+    seed: int = 0,           # of the weights
+):
     """A `StableDiffusionPipeline` with an untrained U-Net."""
-    tokenizer = tokenizer or train_tokenizer([])
-    vae, text_encoder = vae or tiny_vae(seed=seed), text_encoder or tiny_text_encoder(tokenizer, seed=seed)
-    with_text = len(channels) - 1
-    unet = seeded(
-        seed,
-        lambda: UNet2DConditionModel(
-            sample_size=vae.config.sample_size // 2 ** (len(vae.config.block_out_channels) - 1),
-            in_channels=vae.config.latent_channels,
-            out_channels=vae.config.latent_channels,
-            block_out_channels=tuple(channels),
-            layers_per_block=1,
-            norm_num_groups=8,
-            down_block_types=("DownBlock2D",) + ("CrossAttnDownBlock2D",) * with_text,
-            up_block_types=("CrossAttnUpBlock2D",) * with_text + ("UpBlock2D",),
-            cross_attention_dim=text_encoder.config.hidden_size,
-            attention_head_dim=4))
+    from diffusers import DDIMScheduler, StableDiffusionPipeline
+
+    tokenizer, vae = tokenizer or train_tokenizer([]), vae or tiny_vae(seed=seed)
+    text_encoder = text_encoder or tiny_text_encoder(tokenizer, seed=seed)
+    unet = _tiny_unet(vae, text_encoder.config.hidden_size, tuple(channels), seed)
     scheduler = DDIMScheduler(
         beta_start=0.00085,
         beta_end=0.012,
@@ -79,29 +63,41 @@ def tiny_sd(
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
+# %% ../../nbs/families/02_stable_diffusion.ipynb #8e2885d9
+def _tiny_unet(vae, width, channels, seed):
+    from diffusers import UNet2DConditionModel
+
+    with_text, latent = len(channels) - 1, vae.config.latent_channels
+    return seeded(
+        seed,
+        lambda: UNet2DConditionModel(
+            sample_size=latent_side(vae),
+            in_channels=latent,
+            out_channels=latent,
+            block_out_channels=channels,
+            layers_per_block=1,
+            norm_num_groups=8,
+            down_block_types=("DownBlock2D",) + ("CrossAttnDownBlock2D",) * with_text,
+            up_block_types=("CrossAttnUpBlock2D",) * with_text + ("UpBlock2D",),
+            cross_attention_dim=width,
+            attention_head_dim=4),
+    ).eval()
+
 # %% ../../nbs/families/02_stable_diffusion.ipynb #2d75a195
 def sample_sd(
-    pipe: StableDiffusionPipeline,
+    pipe,
     prompts: list[str],
     generators: list[torch.Generator],
     steps: int,
     guidance_scale: float = 7.5,
     size=None,
-) -> list[Image.Image]:
-    "A batch from Stable Diffusion by its own scheduler; `size` is the images' side, or (height, width)."
-    return pipe(
-        prompts,
-        generator=generators,
-        num_inference_steps=steps,
-        guidance_scale=guidance_scale,
-        **height_and_width_options(size),
-    ).images
+) -> list:
+    """A batch of PIL images by the pipeline's own scheduler; `size` is the images' side, or (height, width),
+    in pixels.
+    """
+    return pipe(prompts, generator=generators, num_inference_steps=steps, guidance_scale=guidance_scale,
+                **height_and_width_options(size)).images
 
 # %% ../../nbs/families/02_stable_diffusion.ipynb #b6358d18
-register_family(
-    "StableDiffusionPipeline",
-    objective=StableDiffusionObjective,
-    sample=sample_sd,
-    tiny=tiny_sd,
-    condition="prompt",
-    steps=30)
+register_family("StableDiffusionPipeline", objective=StableDiffusionObjective, sample=sample_sd, tiny=tiny_sd,
+                condition="prompt", steps=30, batch_size=8)

@@ -10,19 +10,16 @@ import contextlib
 import math
 from collections.abc import Sequence
 
-from PIL import Image
-from diffusers import (
-    AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline)
 import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
-from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
 from ..core.checks import whole
 from ..core.images import height_and_width
 from ..core.registry import register_family
+from .ddpm import seeded
 from .latent import (
-    height_and_width_options, PromptedObjective, seeded, tiny_text_encoder, tiny_vae, train_tokenizer)
+    PromptedObjective, height_and_width_options, latent_side, tiny_text_encoder, tiny_vae, train_tokenizer)
 
 # %% ../../nbs/families/03_stable_diffusion_3.ipynb #3d39f091
 class _CountLast(TorchFunctionMode):
@@ -50,9 +47,8 @@ def zeros_counted(pipe, latent_size: tuple[int, int], times: int = 256):
     else one that does nothing.
     """
     if pipe.text_encoder_3 is not None: return contextlib.nullcontext()
-    return _CountLast(
-        math.prod(latent_size) // pipe.transformer.config.patch_size**2 + pipe.tokenizer_max_length + 1, times
-    )
+    patches = math.prod(latent_size) // pipe.transformer.config.patch_size**2
+    return _CountLast(patches + pipe.tokenizer_max_length + 1, times)
 
 # %% ../../nbs/families/03_stable_diffusion_3.ipynb #1a52f342
 class StableDiffusion3Objective(PromptedObjective):
@@ -65,7 +61,6 @@ class StableDiffusion3Objective(PromptedObjective):
 
     flow = True
 
-
     def __init__(self, pipe, parameters=None, max_sequence_length: int = 256, **options):
         max_sequence_length = whole("max_sequence_length", max_sequence_length)
         super().__init__(pipe, parameters, **options)
@@ -75,13 +70,13 @@ class StableDiffusion3Objective(PromptedObjective):
     def draw_timesteps(self, n: int) -> torch.Tensor:
         """Random timesteps (n,) int64, dense in the middle: a logistic of a normal number.
 
-        Source: Esser et al. 2024, Eq. 19.
+        Source: Esser et al., Eq. 19.
         """
         return (torch.randn(n).sigmoid() * len(self.schedule)).long()
 
     def embed_prompts(self, prompts: list[str]) -> dict[str, torch.Tensor]:
         """`prompt` (n, tokens, width) and `pooled` (n, width)."""
-        # one zero vector stands for all, see `_CountLast`
+        # one zero vector stands for all
         length = 1 if self.pipe.text_encoder_3 is None else self.max_sequence_length
         embeddings, _, pooled, _ = self.pipe.encode_prompt(
             prompts,
@@ -92,50 +87,33 @@ class StableDiffusion3Objective(PromptedObjective):
             max_sequence_length=length)
         return {"prompt": embeddings.to(self.device), "pooled": pooled.to(self.device)}
 
-    def predict(
-        self, encoded: dict[str, torch.Tensor], t: torch.Tensor, eps: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def predict(self, encoded: dict, t: torch.Tensor, eps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """What the network predicts, and what it should, (n, *shape) each."""
-        z0, dtype, told = encoded["z0"], self.model.dtype, self.schedule.times.to(t.device)[t]
+        z0, dtype = encoded["z0"], self.model.dtype
+        conditions = {"encoder_hidden_states": encoded["prompt"], "pooled_projections": encoded["pooled"],
+                      "timestep": self.schedule.times.to(t.device)[t]}
         with zeros_counted(self.pipe, z0.shape[2:], self.max_sequence_length):
             predicted = self.model(
-                self.noisy(z0, eps, t).to(dtype),
-                encoder_hidden_states=encoded["prompt"].to(dtype),
-                pooled_projections=encoded["pooled"].to(dtype),
-                timestep=told.to(dtype),
-            ).sample.float()
-        return predicted, eps if self.released else self.schedule.target(z0, eps, t)
+                self.noisy(z0, eps, t).to(dtype), **{k: x.to(dtype) for k, x in conditions.items()})
+        return predicted.sample.float(), eps if self.released else self.schedule.target(z0, eps, t)
 
 # %% ../../nbs/families/03_stable_diffusion_3.ipynb #059022dd
 def tiny_sd3(
-    tokenizer: CLIPTokenizer | None = None,        # by default one that knows letters alone
-    vae: AutoencoderKL | None = None,              # by default an untrained `tiny_vae()`
-    text_encoders: Sequence[CLIPTextModelWithProjection] | None = None,   # two; by default untrained ones
-    layers: int = 6,                               # transformer blocks
-    heads: int = 4,                                # of 32 channels each
-    seed: int = 0,                                 # of the weights
-) -> StableDiffusion3Pipeline:
+    tokenizer=None,          # a CLIPTokenizer; by default one that knows letters alone
+    vae=None,                # an AutoencoderKL; by default an untrained `tiny_vae()`
+    text_encoders: Sequence | None = None,   # two CLIPTextModelWithProjection; by default untrained ones
+    layers: int = 6,         # transformer blocks
+    heads: int = 4,          # of 32 channels each
+    seed: int = 0,           # of the weights
+):
     """A `StableDiffusion3Pipeline` with an untrained transformer and without T5."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
+
     vae, tokenizer = vae or tiny_vae(seed=seed), tokenizer or train_tokenizer([])
-    first, second = text_encoders or [
-        tiny_text_encoder(tokenizer, pooled=True, seed=seed + i) for i in range(2)]
-    size, channels = (
-        vae.config.sample_size // 2 ** (len(vae.config.block_out_channels) - 1),
-        vae.config.latent_channels)
-    transformer = seeded(
-        seed,
-        lambda: SD3Transformer2DModel(
-            sample_size=size,
-            patch_size=2,
-            in_channels=channels,
-            out_channels=channels,
-            num_layers=layers,
-            num_attention_heads=heads,
-            attention_head_dim=32,
-            caption_projection_dim=32 * heads,
-            joint_attention_dim=first.config.hidden_size + second.config.hidden_size,
-            pooled_projection_dim=first.config.projection_dim + second.config.projection_dim,
-            pos_embed_max_size=size // 2))
+    if text_encoders is None:
+        text_encoders = [tiny_text_encoder(tokenizer, pooled=True, seed=seed + i) for i in range(2)]
+    first, second = text_encoders
+    transformer = _tiny_transformer(vae, first.config, second.config, layers, heads, seed)
     pipe = StableDiffusion3Pipeline(
         transformer,
         FlowMatchEulerDiscreteScheduler(shift=1.0),
@@ -144,34 +122,50 @@ def tiny_sd3(
         tokenizer,
         second,
         tokenizer,
-        None,
-        None)
+        text_encoder_3=None,
+        tokenizer_3=None)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
+# %% ../../nbs/families/03_stable_diffusion_3.ipynb #81e425a8
+def _tiny_transformer(vae, first, second, layers, heads, seed):
+    from diffusers import SD3Transformer2DModel
+
+    side, latent = latent_side(vae), vae.config.latent_channels
+    return seeded(
+        seed,
+        lambda: SD3Transformer2DModel(
+            sample_size=side,
+            patch_size=2,
+            in_channels=latent,
+            out_channels=latent,
+            num_layers=layers,
+            num_attention_heads=heads,
+            attention_head_dim=32,
+            caption_projection_dim=32 * heads,
+            joint_attention_dim=first.hidden_size + second.hidden_size,
+            pooled_projection_dim=first.projection_dim + second.projection_dim,
+            pos_embed_max_size=side // 2),
+    ).eval()
+
 # %% ../../nbs/families/03_stable_diffusion_3.ipynb #29970d9b
 def sample_sd3(
-    pipe: StableDiffusion3Pipeline,
+    pipe,
     prompts: list[str],
     generators: list[torch.Generator],
     steps: int,
     guidance_scale: float = 7.0,
     size=None,
-) -> list[Image.Image]:
-    "A batch from SD 3 by its own scheduler; `size` is the images' side, or (height, width)."
-    latent = (
-        [x // pipe.vae_scale_factor for x in height_and_width(size)]
-        if size is not None
-        else height_and_width(pipe.transformer.config.sample_size))
+) -> list:
+    """A batch of PIL images by the pipeline's own scheduler; `size` is the images' side, or (height, width),
+    in pixels.
+    """
+    latent = height_and_width(pipe.transformer.config.sample_size)
+    if size is not None: latent = tuple(x // pipe.vae_scale_factor for x in height_and_width(size))
+    length = 256 if pipe.text_encoder_3 is not None else 1
     with zeros_counted(pipe, latent):
-        return pipe(
-            prompts,
-            generator=generators,
-            num_inference_steps=steps,
-            guidance_scale=guidance_scale,
-            max_sequence_length=256 if pipe.text_encoder_3 is not None else 1,
-            **height_and_width_options(size),
-        ).images
+        return pipe(prompts, generator=generators, num_inference_steps=steps, guidance_scale=guidance_scale,
+                    max_sequence_length=length, **height_and_width_options(size)).images
 
 # %% ../../nbs/families/03_stable_diffusion_3.ipynb #0ab7d917
 register_family(
@@ -180,4 +174,5 @@ register_family(
     sample=sample_sd3,
     tiny=tiny_sd3,
     condition="prompt",
-    steps=28)
+    steps=28,
+    batch_size=8)

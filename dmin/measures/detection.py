@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from .intervals import interval, Interval
-from .tables import html_table, text_table
+from .tables import Drawn, Table
 
 # %% ../../nbs/measures/03_detection.ipynb #e98232a7
 Labels = Sequence | np.ndarray | torch.Tensor
@@ -22,27 +22,24 @@ Labels = Sequence | np.ndarray | torch.Tensor
 def _checked(
     scores, query_labels: Labels, train_labels: Labels, k: Sequence[int]
 ) -> tuple[torch.Tensor, np.ndarray, np.ndarray]:
-    "Scores as a tensor and labels as arrays; raises `ValueError` where they do not fit."
+    """Scores as a tensor and labels as arrays; raises `ValueError` where they do not fit."""
     scores, queries, train = torch.as_tensor(scores), np.asarray(query_labels), np.asarray(train_labels)
+    shape = tuple(scores.shape)
     if scores.ndim != 2:
-        raise ValueError(f"scores of shape {tuple(scores.shape)}: (n_queries, n_train) is needed")
-    if (len(queries), len(train)) != tuple(scores.shape):
-        raise ValueError(
-            f"scores of shape {tuple(scores.shape)} with {len(queries)} query labels and {len(train)}"
-            " training labels"
-        )
+        raise ValueError(f"scores of shape {shape}: (n_queries, n_train) is needed")
+    if (len(queries), len(train)) != shape:
+        labels = f"{len(queries)} query labels and {len(train)} training labels"
+        raise ValueError(f"scores of shape {shape} with {labels}")
     if not len(queries):
         raise ValueError("no queries: the detection rate is a mean over at least one")
     if np.ndim(k) != 1:
         raise ValueError(f"k={k!r}: give several, such as (5, 10)")
     if not len(k) or min(k) < 1 or max(k) > len(train):
         raise ValueError(f"k={tuple(k)}: choose 1 to {len(train)}, the number of training samples")
-    if scores.isnan().any():
-        row, column = scores.isnan().nonzero()[0].tolist()
-        raise ValueError(
-            f"{int(scores.isnan().sum())} of the scores are NaN, the first at query {row}, training sample"
-            f" {column}"
-        )
+    nan = scores.isnan().nonzero().tolist()
+    if nan:
+        first = "query {}, training sample {}".format(*nan[0])
+        raise ValueError(f"{len(nan)} of the scores are NaN, the first at {first}")
     return scores, queries, train
 
 # %% ../../nbs/measures/03_detection.ipynb #14b3e501
@@ -80,7 +77,7 @@ def detection_rate(
 
 # %% ../../nbs/measures/03_detection.ipynb #a1802dde
 @dataclass(frozen=True, repr=False)
-class DetectionTable:
+class DetectionTable(Drawn):
     """Detection rates of several methods, drawn as a table in a notebook; `rows` holds the numbers.
 
     `chance` is what random scores would get, `best` what perfect ones would: less than 1 where a class has
@@ -96,66 +93,64 @@ class DetectionTable:
 
     @property
     def rates(self) -> dict[str, tuple[float, ...]]:
-        "Method -> one mean a k."
+        """Method -> one mean a k."""
         return {name: tuple(x.mean for x in row) for name, row in self.intervals.items()}
-
     @property
     def rows(self) -> list[dict]:
-        "One dictionary a method and k, for JSON: method, k, mean, low, high."
-        return [
-            dict(method=name, k=k, **x.record())
-            for name, row in self.intervals.items()
-            for k, x in zip(self.k, row)]
+        """One dictionary a method and k, for JSON: method, k, mean, low, high."""
+        return _records(self)
+    @property
+    def table(self) -> Table: return _table(self)
 
-    def _table(self) -> list[list[str]]:
-        lines = [["", *(f"top {k}" for k in self.k)]]
-        for name, row in self.intervals.items():
-            lines.append(
-                [
-                    name + (f", {self.seeds[name]} seeds" if self.seeds[name] > 1 else ""),
-                    *(format(x, ".2f") for x in row)])
-        return lines + [
-            ["chance", *[f"{self.chance:.2f}"] * len(self.k)],
-            ["best possible", *(f"{x:.2f}" for x in self.best)]]
+# %% ../../nbs/measures/03_detection.ipynb #5264b6a0
+def _records(found: DetectionTable) -> list[dict]:
+    rows = []
+    for name, intervals in found.intervals.items():
+        rows += [dict(method=name, k=k, **x.record()) for k, x in zip(found.k, intervals)]
+    return rows
 
-    def _caption(self) -> str:
-        return f"detection rate [95 % interval], {self.n_queries} queries, {self.n_train} training samples"
-    def __repr__(self) -> str: return text_table(self._table(), self._caption())
-    def _repr_html_(self) -> str: return html_table(self._table(), self._caption())
+
+def _table(found: DetectionTable) -> Table:
+    rows = []
+    for name, intervals in found.intervals.items():
+        seeds = f", {found.seeds[name]} seeds" if found.seeds[name] > 1 else ""
+        rows.append([name + seeds, *intervals])
+    rows += [["chance"] + [found.chance] * len(found.k), ["best possible", *found.best]]
+    about = f"{found.n_queries} queries, {found.n_train} training samples"
+    columns = ["", *(f"top {k}" for k in found.k)]
+    return Table(columns, rows, f"detection rate [95 % interval], {about}")
 
 # %% ../../nbs/measures/03_detection.ipynb #8761efa8
 # (n_queries, n_train), or several of those
 Scored = torch.Tensor | np.ndarray | Sequence[torch.Tensor | np.ndarray]
 
 # %% ../../nbs/measures/03_detection.ipynb #1304df34
+def _several(scores: Scored) -> list:
+    """A method's matrices of scores, one a seed."""
+    return list(scores) if isinstance(scores, (list, tuple)) and np.ndim(scores[0]) == 2 else [scores]
+
+# %% ../../nbs/measures/03_detection.ipynb #c2cc1772
 def detection_table(
     methods: Mapping[str, Scored],         # name -> scores, or several, one a seed
     query_labels: Labels,                  # (n_queries,)
     train_labels: Labels,                  # (n_train,)
     k: Sequence[int] = (5, 10, 50, 100),   # how many of the most influential to look at
 ) -> DetectionTable:
-    """The detection rates of several methods on the same queries, with bootstrap intervals over queries and
-    seeds.
+    """Detection rates of several methods on the same queries, with bootstrap intervals.
 
     Raises what `detection_shares` raises, with the method's name. Source: the form of DMin's Tables 2 and 5.
     """
     if not methods:
         raise ValueError("no methods: give at least one, as name=scores")
-    intervals, seeds = {}, {}
+    intervals, seeds = {}, {name: len(_several(scores)) for name, scores in methods.items()}
     for name, scores in methods.items():
-        several = list(scores) if isinstance(scores, (list, tuple)) and np.ndim(scores[0]) == 2 else [scores]
-        try:
-            # (seeds, queries, k)
-            shares = np.stack([detection_shares(one, query_labels, train_labels, k) for one in several])
-        except ValueError as e: raise ValueError(f"{name}: {e}") from None
-        intervals[name], seeds[name] = tuple(interval(shares[..., j]) for j in range(len(k))), len(several)
+        try: shares = [detection_shares(x, query_labels, train_labels, k) for x in _several(scores)]
+        except ValueError as e:
+            raise ValueError(f"{name}: {e}") from None
+        shares = np.stack(shares)   # (seeds, queries, k)
+        intervals[name] = tuple(interval(shares[..., j]) for j in range(len(k)))
     sizes = (np.asarray(query_labels)[:, None] == np.asarray(train_labels)).sum(1)
+    n_queries, n_train = len(query_labels), len(train_labels)
+    chance = (sizes.mean() / n_train).item()
     best = tuple(np.minimum(sizes / j, 1).mean().item() for j in k)
-    return DetectionTable(
-        tuple(k),
-        intervals,
-        (sizes.mean() / len(train_labels)).item(),
-        best,
-        len(shares[0]),
-        len(train_labels),
-        seeds)
+    return DetectionTable(tuple(k), intervals, chance, best, n_queries, n_train, seeds)

@@ -6,6 +6,7 @@
 __all__ = ['Interval', 'interval']
 
 # %% ../../nbs/measures/00_intervals.ipynb #365745c0
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,28 +20,40 @@ class Interval:
     low: float
     high: float
 
+    @classmethod
+    def from_draws(cls, mean: float, draws: Sequence[float]) -> "Interval":
+        """The ends leave out 2.5 % of the bootstrap's `draws` on either side.
+
+        Source: Efron & Tibshirani 1993, section 13.3 (percentile interval).
+        """
+        return cls(float(mean), *np.percentile(draws, (2.5, 97.5)).tolist())
+
     def record(self) -> dict: return {"mean": self.mean, "low": self.low, "high": self.high}
 
     def __format__(self, form: str) -> str:
-        return f"{format(self.mean, form)} [{format(self.low, form)}, {format(self.high, form)}]"
+        mean, low, high = (format(x, form) for x in (self.mean, self.low, self.high))
+        return f"{mean} [{low}, {high}]"
     def __str__(self) -> str: return format(self, ".1f")
 
 # %% ../../nbs/measures/00_intervals.ipynb #9f0e991b
 def interval(
-    values: "np.ndarray | torch.Tensor",   # (n,) one a query, or (seeds, n)
-    draws: int = 1000,                     # bootstrap samples
+    values: np.ndarray | torch.Tensor,   # (n,) one a query, or (seeds, n)
+    draws: int = 1000,                   # bootstrap samples
     seed: int = 0,
 ) -> Interval:
     """The mean with its percentile bootstrap interval over queries, and over seeds where they are given.
-    Source: Efron & Tibshirani 1993, section 13.3.
 
-    Raises `ValueError` for no values, or some that are not finite.
+    Raises `ValueError` for no values, or some that are not finite. Source: Efron & Tibshirani 1993, section
+    13.3.
     """
     values = np.atleast_2d(np.asarray(values, dtype=float))
     if values.ndim != 2 or not values.size or not np.isfinite(values).all():
         raise ValueError(
             f"values of shape {values.shape}: finite numbers are needed, one a query, or (seeds, queries)")
-    rng, (seeds, n) = np.random.default_rng(seed), values.shape
-    means = [
-        values[np.ix_(rng.integers(seeds, size=seeds), rng.integers(n, size=n))].mean() for _ in range(draws)]
-    return Interval(values.mean().item(), *np.percentile(means, (2.5, 97.5)).tolist())
+    seeds, n = values.shape
+    rng = np.random.default_rng(seed)
+    means = []
+    for _ in range(draws):
+        rows, columns = rng.integers(seeds, size=seeds), rng.integers(n, size=n)
+        means.append(values[np.ix_(rows, columns)].mean())
+    return Interval.from_draws(values.mean(), means)

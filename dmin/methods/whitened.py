@@ -10,65 +10,44 @@ from collections.abc import Sequence
 
 import torch
 
-from ..core.gradients import sample_gradients
-from ..core.scores import query_vectors
-from ..core.store import Store
+from ..core.gradients import Gradients
+from ..core.scores import query_vectors, Scores
+from ..core.store import asked_gradients, Store
 from .first_order import mean_weights
-from .trak import choose_damping, DAMPINGS, Kernel, output_of, own_rows
+from .trak import Damped, DAMPINGS, Kernel, output_of
 
 # %% ../../nbs/methods/07_whitened.ipynb #9e397c1b
-class WhitenedDMin:
-    """$\\sum_t u_{x,t}^\\top(U_t^\\top U_t + \\lambda I)^{-1}u_{i,t}$ with normalised gradients $u$ and
-    $\\lambda$ the damping times their mean squared norm, about 1.
+class WhitenedDMin(Damped):
+    """$\\sum_t w_t\\, u_{x,t}^\\top(U_t^\\top U_t + \\lambda I)^{-1}u_{i,t}$ with normalised gradients $u$.
 
-    Without a damping it is chosen by `choose_damping`, at the cost of 32 more queries; `dampings` then has
-    the curve. Time O(T n v min(n, v)) to fit, memory O(T (n + v) min(n, v)). Raises `ValueError` when the
-    store is incomplete or the number of weights is wrong.
+    $\\lambda$ is the damping times their mean squared norm, about 1; None chooses it among `dampings`.
+    `weights` (T,) are of the timesteps, their mean by default. Raises `ValueError` when the store is
+    incomplete or the number of weights is wrong. Source: our own.
     """
 
     def __init__(
-        self, store: Store, damping: "float | None" = None, weights=None, dampings: Sequence[float] = DAMPINGS
+        self, store: Store, damping: float | None = None, weights=None,
+        *, dampings: Sequence[float] = DAMPINGS,
     ):
         store.check_complete()
-        self.store, self.dampings = store, None
-        self.weights = mean_weights(store, weights)
-        output = output_of(store)
-        self.name = "DMin, whitened" + (f" ({output})" if output else "")
-        vectors = store.vectors()
-        self.kernels = [Kernel(vectors[:, t]) for t in range(vectors.shape[1])]
-        if damping is None:
-            rows = own_rows(store)
-            own = self._own(rows)
-            damping, self.dampings = choose_damping(lambda x: self._scores(own, x), rows, dampings)
-        self.damping = damping
+        self.store, self.weights = store, mean_weights(store, weights)
+        self.name = "DMin, whitened" + (f" ({output_of(store)})" if output_of(store) else "")
+        self.kernels = [Kernel(rows) for rows in store.vectors().unbind(1)]
+        self.take_damping(damping, dampings)
 
-    def _own(self, rows):
-        "Training samples as queries under noise of another seed: normalised gradients (n, T, v)."
-        store, m = self.store, self.store.manifest
-        if store.objective is None or store.samples is None:
-            raise ValueError(
-                "this store does not know its pipeline and its samples: open it with open_store(folder, pipe,"
-                " samples), or give a damping"
-            )
-        g = sample_gradients(
-            store.objective,
-            store.samples.select(rows),
-            torch.tensor(m.timesteps),
-            store.compressor,
-            (m.noise_seed + 1) % 2**63,
-            m.noises)
-        return g.compressed / g.norms[..., None]
+    def vectors_of(self, g: Gradients) -> torch.Tensor:   # (n_queries, T, v)
+        """Normalised gradients."""
+        return query_vectors(self.store, g)
 
-    def _scores(self, vectors, damping):
-        return sum(
-            w * kernel.scores(vectors[:, t], damping)
-            for t, (kernel, w) in enumerate(zip(self.kernels, self.weights)))
+    def _parts(self, vectors, damping):   # a timestep each, (n_queries, n_train)
+        return [kernel.scores(x, damping) for kernel, x in zip(self.kernels, vectors.unbind(1))]
 
-    def set_damping(self, damping: float):
-        """The same with another damping; what was fitted stays."""
-        self.damping = damping
-        return self
+    def scores_at(self, vectors: torch.Tensor, damping: float) -> torch.Tensor:   # (n_queries, n_train)
+        """The scores of such vectors."""
+        return sum(w * part for w, part in zip(self.weights, self._parts(vectors, damping)))
 
-    def scores(self, queries) -> torch.Tensor:
-        """(n_queries, n_train), higher is more influential."""
-        return self._scores(query_vectors(self.store, self.store.gradients(queries)), self.damping)
+    def influence(self, queries, region=None) -> Scores:
+        """`scores` with the images, and their parts by timestep."""
+        g, shown = asked_gradients(self.store, queries, region=region)
+        parts = torch.stack(self._parts(self.vectors_of(g), self.damping), -1)
+        return Scores(parts, self.store.manifest.timesteps, shown, self.store.samples, self.weights)

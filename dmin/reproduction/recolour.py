@@ -8,7 +8,6 @@ __all__ = ['recolour', 'recoloured_latents']
 # %% ../../nbs/reproduction/03_recolour.ipynb #11cd513e
 import math
 
-from diffusers import AutoencoderKL
 import torch
 
 # %% ../../nbs/reproduction/03_recolour.ipynb #4350920b
@@ -18,27 +17,27 @@ def recolour(
 ) -> torch.Tensor:            # the same shape, clamped to [-1, 1]
     """Images with their hue turned: a rotation of red, green and blue about the grey axis."""
     angle = 2 * math.pi * turns.to(images)
-    c, s = angle.cos(), angle.sin()
-    one = torch.full_like(c, 1 / 3)
-    a, b, d = c + (1 - c) * one, (1 - c) * one - s * one.sqrt(), (1 - c) * one + s * one.sqrt()
-    matrices = torch.stack(
-        [torch.stack([a, b, d], 1), torch.stack([d, a, b], 1), torch.stack([b, d, a], 1)], 1)
+    cos, sin = angle.cos(), angle.sin()
+    third = torch.full_like(cos, 1 / 3)
+    a = cos + (1 - cos) * third
+    b = (1 - cos) * third - sin * third.sqrt()
+    c = (1 - cos) * third + sin * third.sqrt()
+    matrices = torch.stack([a, b, c, c, a, b, b, c, a], 1).view(-1, 3, 3)
     return torch.einsum("bij,bjhw->bihw", matrices, images).clamp(-1, 1)
 
 # %% ../../nbs/reproduction/03_recolour.ipynb #9e180c4b
 @torch.no_grad()
 def recoloured_latents(
-    vae: AutoencoderKL,
+    vae,                      # an `AutoencoderKL`
     images: torch.Tensor,     # (n, 3, H, W) in [-1, 1]
     variants: int = 8,        # of each image
     seed: int = 0,
 ) -> torch.Tensor:            # (n, variants, C, h, w), scaled as the pipelines do
     """Latents of images that are mirrored and recoloured at random, several of each."""
-    generator, found = torch.Generator().manual_seed(seed), []
+    generator, latents = torch.Generator().manual_seed(seed), []
     for _ in range(variants):
-        turns, flips = (
-            torch.rand(len(images), generator=generator),
-            torch.rand(len(images), 1, 1, 1, generator=generator) < 0.5)
+        turns = torch.rand(len(images), generator=generator)
+        flips = torch.rand(len(images), 1, 1, 1, generator=generator) < .5
         x = recolour(torch.where(flips, images.flip(3), images), turns)
-        found.append(torch.cat([vae.encode(part).latent_dist.mean for part in x.split(64)]))
-    return torch.stack(found, 1) * vae.config.scaling_factor
+        latents.append(torch.cat([vae.encode(part).latent_dist.mean for part in x.split(64)]))
+    return torch.stack(latents, 1) * vae.config.scaling_factor

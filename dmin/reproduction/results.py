@@ -18,13 +18,12 @@ from .presets import preset
 # %% ../../nbs/reproduction/04_results.ipynb #86ffc0a7
 def results_folder() -> Path:
     """`results/<preset>` beside the package's data; in the smoke preset a folder in `out_folder()`."""
-    size = preset()
-    folder = (
-        out_folder() / "results" if size.name == "smoke" else data_folder().parent / "results" / size.name)
+    name = preset().name
+    folder = out_folder() / "results" if name == "smoke" else data_folder().parent / "results" / name
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
-
+# %% ../../nbs/reproduction/04_results.ipynb #59268e73
 def save_result(
     name: str,        # of the file, such as "table_5"
     result: dict,     # numbers, strings, lists and dicts
@@ -36,5 +35,6 @@ def save_result(
     path = results_folder() / f"{name}.json"
     if int(os.environ.get("RANK", 0)): return path
     about = {"name": name, "preset": preset().name, "date": time.strftime("%Y-%m-%d"), "machine": machine()}
-    write_atomically(path, lambda p: p.write_text(json.dumps({**about, "result": result}, indent=1) + "\n"))
+    text = json.dumps({**about, "result": result}, indent=1) + "\n"
+    write_atomically(path, lambda temporary: temporary.write_text(text))
     return path
