@@ -12,7 +12,7 @@ import io
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -489,9 +489,9 @@ def finetune(
 # %% ../nbs/02_training.ipynb #0034c10b
 @torch.no_grad()
 def mean_loss(
-    pipe: DiffusionPipeline,                           # one with an objective
-    samples: Dataset,                                  # columns as in `finetune`; all are encoded at once
-    timesteps: Sequence[int] = range(50, 1000, 100),   # of the training schedule
+    pipe,                            # a pipeline with an objective
+    samples,                         # columns as in `finetune`; all are encoded at once
+    timesteps=range(50, 1000, 100),  # of the training schedule
 ) -> float:
     """The mean loss of samples at fixed timesteps and noise: lower where the model knows them better."""
     objective, n = make_objective(pipe), len(samples)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SUBSETS', 'AUTHORS', 'SIZES', 'NOISES', 'Subset', 'mixture_features', 'add_noise', 'Plan', 'plan_mixture',
-           'build_mixture', 'load_mixture', 'show_mixture']
+           'build_mixture', 'load_mixture', 'show_mixture', 'without_noised', 'first_of_each']
 
 # %% ../../nbs/reproduction/01_mixture.ipynb #7eadd789
 from collections.abc import Mapping
@@ -334,3 +334,22 @@ def show_mixture(
     shown = [mixture[i] for numbers in rows.values() for i in numbers[:n]]
     titles = [f"{x['subset']}: {x['prompt']}" for x in shown]
     return show_images([x["image"] for x in shown], titles, columns=n, scale=scale)
+
+# %% ../../nbs/reproduction/01_mixture.ipynb #1755ec44
+def without_noised(
+    mixture,        # a `datasets.Dataset` with a column noised
+):
+    """The samples that are no noised copies, in their order."""
+    return mixture.select([i for i, noised in enumerate(mixture["noised"]) if not noised])
+
+
+def first_of_each(
+    mixture,        # a `datasets.Dataset` with a column subset
+    n: int,         # samples a subset; fewer where it has fewer
+    subsets=None,   # their names, in this order; None: all, as they come first
+):
+    """The first samples of each subset, one subset after another."""
+    rows, chosen = {}, []
+    for i, name in enumerate(mixture["subset"]): rows.setdefault(name, []).append(i)
+    for name in subsets or rows: chosen += rows.get(name, [])[:n]
+    return mixture.select(chosen)
