@@ -1,5 +1,6 @@
 """What every attributor must have in common, and the measures against brute force."""
 import os
+import re
 import subprocess
 import sys
 
@@ -9,8 +10,10 @@ import torch
 from scipy.stats import spearmanr
 
 from dmin import DMin, collect, generate, load_images
+from dmin.core.scores import Attributor
 from dmin.methods.first_order import Gradient, TracInCP
 from dmin.methods.kfac import KFAC
+from dmin.methods.retraining import Datamodel, EmpiricalInfluence
 from dmin.methods.second_order import DataInf, LiSSA
 from dmin.methods.similarity import CLIP, Random, RawPixels, SSIM
 from dmin.methods.trak import Ensemble, JourneyTRAK, TRAK
@@ -22,11 +25,42 @@ from dmin.measures.intervals import interval
 from dmin.families.ddpm import tiny_ddpm
 
 ATTRIBUTORS = {
-    "pixels": lambda s: RawPixels(s.samples), "pixels, dot": lambda s: RawPixels(s.samples, cosine=False), "SSIM": lambda s: SSIM(s.samples, progress=False), "CLIP": lambda s: CLIP(s.samples),
-    "Gradient": Gradient, "cosine": lambda s: Gradient(s, cosine=True), "TracInCP": lambda s: TracInCP([s]), "GAS": lambda s: TracInCP([s], cosine=True),
-    "TRAK": lambda s: TRAK(s, .1), "relative": lambda s: TRAK(s, .1, "relative"), "renormalised": lambda s: TRAK(s, .1, "renormalised"), "ensemble": lambda s: Ensemble([TRAK(s, .1), TRAK(s, 1.)]),
-    "Journey-TRAK": lambda s: JourneyTRAK(s, .1, steps=4), "LiSSA": LiSSA, "DataInf": DataInf, "identity": lambda s: DataInf(s, identity=True), "K-FAC": KFAC, "EK-FAC": lambda s: KFAC(s, corrected=True),
-    "DMin": DMin, "w/o Norm.": lambda s: DMin(s, normalise=False), "whitened": lambda s: WhitenedDMin(s, .1),
+    "pixels": lambda s: RawPixels(s.samples),
+    "pixels, dot": lambda s: RawPixels(s.samples, cosine=False),
+    "SSIM": lambda s: SSIM(s.samples, progress=False),
+    "CLIP": lambda s: CLIP(s.samples),
+    "Gradient": Gradient,
+    "cosine": lambda s: Gradient(s, cosine=True),
+    "TracInCP": lambda s: TracInCP([s]),
+    "GAS": lambda s: TracInCP([s], cosine=True),
+    "TRAK": lambda s: TRAK(s, .1),
+    "relative": lambda s: TRAK(s, .1, "relative"),
+    "renormalised": lambda s: TRAK(s, .1, "renormalised"),
+    "ensemble": lambda s: Ensemble([TRAK(s, .1), TRAK(s, 1.)]),
+    "Journey-TRAK": lambda s: JourneyTRAK(s, .1, steps=4),
+    "LiSSA": LiSSA,
+    "DataInf": DataInf,
+    "identity": lambda s: DataInf(s, identity=True),
+    "K-FAC": KFAC,
+    "EK-FAC": lambda s: KFAC(s, corrected=True),
+    "DMin": DMin,
+    "w/o Norm.": lambda s: DMin(s, normalise=False),
+    "whitened": lambda s: WhitenedDMin(s, .1),
+}
+WHOLE_IMAGES = ("pixels", "pixels, dot", "SSIM", "CLIP", "Journey-TRAK", "Random", "empirical", "datamodel")
+
+
+def measured(kind, store, queries):
+    """A retraining baseline of forty made-up outputs."""
+    draw = torch.Generator().manual_seed(0)
+    masks = torch.rand(40, len(store), generator=draw) < .5
+    return kind(masks, torch.randn(40, len(queries), generator=draw), queries, samples=store.samples)
+
+
+OTHERS = {   # what is made of more than a store, or says nothing of a query
+    "Random": lambda s, queries: Random(s.samples),
+    "empirical": lambda s, queries: measured(EmpiricalInfluence, s, queries),
+    "datamodel": lambda s, queries: measured(Datamodel, s, queries),
 }
 
 
@@ -54,6 +88,31 @@ def test_one_call_for_all(name, store, queries):
     assert torch.equal(method.scores(queries), scores)
     assert torch.allclose(method.scores(queries.select([3, 1])), scores[[3, 1]], atol=2e-4 * scale)
     assert torch.allclose(method.scores(queries.select([2])), scores[[2]], atol=2e-4 * scale)
+
+
+@pytest.mark.parametrize("name", [*ATTRIBUTORS, *OTHERS])
+def test_every_method_ranks_and_draws_itself(name, store, queries):
+    """`influence` has the numbers of `scores` and shows both kinds of images; a region changes the scores, or is refused by name."""
+    method = ATTRIBUTORS[name](store) if name in ATTRIBUTORS else OTHERS[name](store, queries)
+    assert isinstance(method, Attributor)
+    scores, top = method.scores(queries), method.influence(queries).top(3)
+    tolerance = dict(rtol=1e-4, atol=1e-6 * scores.abs().max().item())
+    assert torch.allclose(scores.gather(1, top.rows), top.scores, **tolerance)
+    assert torch.allclose(scores.topk(3).values, top.scores, **tolerance)
+    assert top._repr_html_().count("<img") == 4 * (1 + 3)   # each query with its three
+    half, whole = (0, 0, 4, 8), (0, 0, 8, 8)
+    if name in WHOLE_IMAGES:
+        with pytest.raises(ValueError, match=re.escape(f"{method.name} looks at whole images")): method.influence(queries, region=half)
+        return
+    found = method.influence(queries, region=half)
+    assert not torch.allclose(found.values, scores, rtol=1e-2, atol=1e-3 * scores.abs().max().item())
+    assert torch.allclose(found.values, method.scores(queries, half), **tolerance)
+    each = method.scores(queries, [half, whole, whole, half])   # a region a query
+    assert torch.allclose(each[[0, 3]], found.values[[0, 3]], rtol=1e-2, atol=1e-3 * scores.abs().max().item())
+
+
+def test_a_method_of_numbers_alone_ranks_without_images(queries):
+    assert "sample" in repr(Random(9).influence(queries).top(3))
 
 
 @pytest.mark.parametrize("name", [n for n in ATTRIBUTORS if n not in ("K-FAC", "EK-FAC", "LiSSA")])   # the first draw targets in the samples' order
