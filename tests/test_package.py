@@ -83,15 +83,40 @@ def test_no_pickle_anywhere():
     for path in ROOT.glob("dmin/**/*.py"): assert not re.search(r"pickle|torch\.load\(|torch\.save\(", path.read_text()), path
 
 
+WINGS = "core", "families", "", "methods", "measures", "reproduction"   # "": nbs/00_lora and what follows it
+
+
+def modules_in_order():
+    """The modules, as `core.store`, in the order of their notebooks: wing by wing, by file name."""
+    found = []
+    for wing in WINGS:
+        for path in sorted((ROOT / "nbs" / wing).glob("[0-9]*.ipynb")):
+            text = "".join("".join(c["source"]) for c in json.loads(path.read_text())["cells"])
+            found.append(re.search(r"#\| default_exp ([\w.]+)", text)[1])
+    return found
+
+
+def used_modules(module):
+    """What a module of the package imports from it, at its top or within a function."""
+    package = module.split(".")[:-1]
+    for node in ast.walk(ast.parse((ROOT / "dmin" / f"{module.replace('.', '/')}.py").read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            yield ".".join([*package[:len(package) - node.level + 1], *(node.module or "").split(".")])
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("dmin."):
+            yield node.module.removeprefix("dmin.")
+
+
 def test_modules_import_only_those_above_them():
-    """In the order of their notebooks' file names."""
-    place = {}
-    for path in sorted(ROOT.glob("nbs/[0-9]*.ipynb")):
-        text = "".join("".join(c["source"]) for c in json.loads(path.read_text())["cells"])
-        place[re.search(r"#\| default_exp (\S+)", text)[1]] = len(place)
-    for path in ROOT.glob("dmin/*.py"):
-        if path.stem not in place: continue
-        for used in re.findall(r"^from \.(\w+) import", path.read_text(), re.M): assert place[used] < place[path.stem], (path.name, used)
+    """No circle, no import upwards, nothing of the reproduction in the library: imports within functions count, too."""
+    modules = modules_in_order()
+    assert len(set(modules)) == len(modules) > 40
+    for place, module in enumerate(modules):
+        for used in used_modules(module): assert used in modules[:place], f"{module} imports {used}"
+
+
+def test_every_module_has_its_notebook():
+    there = {".".join(p.relative_to(ROOT / "dmin").with_suffix("").parts) for p in ROOT.glob("dmin/**/*.py") if p.name[0] != "_"}
+    assert there == set(modules_in_order())
 
 
 @pytest.mark.parametrize("folder, kind, most", [("ddpm-mnist", DDPMPipeline, 4e6), ("sd3", StableDiffusion3Pipeline, 12e6), ("sd", StableDiffusionPipeline, 12e6)])

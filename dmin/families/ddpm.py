@@ -52,7 +52,10 @@ class DDPMObjective(Objective):
 
     def check_image(self, image, name: str) -> None:
         """Raises `ValueError` for an image of another size, mode or value range."""
-        images_to_tensor([image], self.shape[1:], self.shape[0], [name])
+        channels, height, width = self.shape
+        plain = image.mode == {1: "L", 3: "RGB"}.get(channels)   # 8-bit values
+        if plain and image.size == (width, height) and width == height: return   # however EXIF turns it
+        images_to_tensor([image], (height, width), channels, [name])
 
     def predict(self, encoded: dict, t: torch.Tensor, eps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """What the network predicts, and what it should, (n, *shape) each."""
