@@ -83,15 +83,35 @@ def test_no_pickle_anywhere():
     for path in ROOT.glob("dmin/**/*.py"): assert not re.search(r"pickle|torch\.load\(|torch\.save\(", path.read_text()), path
 
 
+WINGS = ("core", "families", "", "methods", "measures", "reproduction")   # "": the notebooks of nbs itself
+
+
+def places():
+    """Each module's wing and notebook: name -> (place of the wing, name of the notebook)."""
+    found = {}
+    for place, wing in enumerate(WINGS):
+        for path in sorted((ROOT / "nbs" / wing).glob("[0-9]*.ipynb")):
+            text = "".join("".join(c["source"]) for c in json.loads(path.read_text())["cells"])
+            if named := re.search(r"#\| default_exp (\S+)", text): found[f"dmin.{named[1]}"] = place, path.name
+    return found
+
+
+def used_modules(path):
+    """The package's modules that a module imports from, also inside its functions."""
+    package = path.relative_to(ROOT).with_suffix("").parts[:-1]
+    for node in ast.walk(ast.parse(path.read_text())):
+        if not isinstance(node, ast.ImportFrom): continue
+        above = package[:len(package) - node.level + 1] if node.level else ()
+        name = ".".join([*above, *filter(None, [node.module])])
+        if name.startswith("dmin."): yield name
+
+
 def test_modules_import_only_those_above_them():
-    """In the order of their notebooks' file names."""
-    place = {}
-    for path in sorted(ROOT.glob("nbs/[0-9]*.ipynb")):
-        text = "".join("".join(c["source"]) for c in json.loads(path.read_text())["cells"])
-        place[re.search(r"#\| default_exp (\S+)", text)[1]] = len(place)
-    for path in ROOT.glob("dmin/*.py"):
-        if path.stem not in place: continue
-        for used in re.findall(r"^from \.(\w+) import", path.read_text(), re.M): assert place[used] < place[path.stem], (path.name, used)
+    """Wing by wing, and in a wing in the order of the notebooks' file names."""
+    order = places()
+    for name, place in order.items():
+        for used in used_modules(ROOT / (name.replace(".", "/") + ".py")):
+            assert used in order and order[used] < place, (name, used)
 
 
 @pytest.mark.parametrize("folder, kind, most", [("ddpm-mnist", DDPMPipeline, 4e6), ("sd3", StableDiffusion3Pipeline, 12e6), ("sd", StableDiffusionPipeline, 12e6)])
