@@ -91,7 +91,7 @@ def places():
     found = {}
     for place, wing in enumerate(WINGS):
         for path in sorted((ROOT / "nbs" / wing).glob("[0-9]*.ipynb")):
-            text = "".join("".join(c["source"]) for c in json.loads(path.read_text())["cells"])
+            text = "\n".join("".join(c["source"]) for c in json.loads(path.read_text())["cells"])
             if named := re.search(r"#\| default_exp (\S+)", text): found[f"dmin.{named[1]}"] = place, path.name
     return found
 
