@@ -493,7 +493,7 @@ def finetune(
     accelerator=None,           # by default accelerate's `Accelerator()`: the GPU if any, float32
     **options,                  # of `fit`: alone, callback, progress; of `FitOptions`: seed, ema, warmup, …
 ) -> TrainingLog:
-    """Trains a pipeline with AdamW, on the CPU or one GPU; the model ends in evaluation mode, on that device.
+    """Tunes a pipeline with AdamW, on the CPU or one GPU; the model ends in evaluation mode, on that device.
 
     Images and prompts are encoded once and kept: in memory up to 1 GB, above that in `folder` if there is
     one. The same seed gives the same weights on one machine with one number of threads, also when the run was
