@@ -57,7 +57,6 @@ test: export OMP_NUM_THREADS = 1
 test: export DMIN_REQUIRE_PEERS = 1
 test: $(INSTALLED)
 	$(PY) tools/check_notebooks.py
-	$(PY) tools/check_style.py
 	$(PY) tools/forked_kernels.py $(PY) -m pytest -n $(JOBS) --nbmake --nbmake-kernel=forked --nbmake-timeout=900 --durations=10 nbs
 	$(PY) -m pytest -n $(JOBS) --durations=10 tests
 

@@ -53,6 +53,7 @@ class PipelineSource:
     hub: str | None = None       # the Hub's id
     offline: str | None = None   # the named pipeline that stands in where the Hub cannot be reached
     lora: str | None = None      # its adapters: a folder below the package's data, or a Hub id
+    vae: str | None = None       # a folder below the data with its autoencoder, if shared
     network: str | None = None   # a folder below the data: this network takes the place of the pipeline's own
     recipe: TuningRecipe | None = None
 
@@ -61,7 +62,8 @@ def _here(about: str, tutorial: str, folder: str, recipe=None, lora=None, networ
     """One in the package's data; its folders lie in `tiny` there."""
     folder, lora, network = (name and f"tiny/{name}" for name in (folder, lora, network))
     about = f"{about}, made by nbs/tutorials/{tutorial}.ipynb"
-    return PipelineSource(about, folder, lora=lora, network=network, recipe=recipe)
+    vae = "tiny/sd3/vae" if folder == "tiny/sd" else None   # the same file, so that it is shipped once
+    return PipelineSource(about, folder, lora=lora, vae=vae, network=network, recipe=recipe)
 
 
 def _on_hub(about: str, hub: str, offline: str, recipe=None, lora=None) -> PipelineSource:
@@ -188,6 +190,14 @@ def _adapt(pipe, name: str, lora: str | Path | None) -> None:
     warnings.warn(
         f"{name} is {source.hub} as it was published: finetune(pipe, …) tunes it{hint}", stacklevel=3)
 
+# %% ../nbs/01_pipelines.ipynb #9ca0f819
+def _shared(source: PipelineSource, dtype) -> dict:
+    """What a shipped pipeline has in common with another, and lies in that one's folder."""
+    if source.vae is None: return {}
+    from diffusers import AutoencoderKL
+
+    return {"vae": AutoencoderKL.from_pretrained(data_folder() / source.vae, torch_dtype=dtype)}
+
 # %% ../nbs/01_pipelines.ipynb #9115c7ff
 def load_pipeline(
     name_or_path: str | Path,                  # a name in `PIPELINES`, a folder, or a Hub id
@@ -205,7 +215,7 @@ def load_pipeline(
     name, dtype, device = str(name_or_path), _dtype(dtype), _device(device)
     where, source = locate_pipeline(name), PIPELINES.get(name, PipelineSource("", offline="tiny-sd3-lora"))
     checker = dict(safety_checker=None, requires_safety_checker=False) if name == "sd14-lora" else {}
-    pipe = _from_pretrained(where, source.offline, dtype=dtype, **checker)
+    pipe = _from_pretrained(where, source.offline, dtype=dtype, **checker, **_shared(source, dtype))
     pipe.set_progress_bar_config(disable=True)
     if source.recipe and source.hub:   # not SD 3's own 1024 pixels
         network(pipe).register_to_config(sample_size=source.recipe.size // pipe.vae_scale_factor)

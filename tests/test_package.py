@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from diffusers import DDPMPipeline, StableDiffusion3Pipeline, StableDiffusionPipeline
+from diffusers import AutoencoderKL, DDPMPipeline, StableDiffusion3Pipeline, StableDiffusionPipeline
 
 import dmin
 from dmin.core.runtime import data_folder
@@ -124,7 +124,8 @@ def test_shipped_pipeline_opens_in_plain_diffusers(folder, kind, most):
     folder = data_folder() / "tiny" / folder
     assert sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()) <= most
     absent = {"text_encoder_3": None, "tokenizer_3": None} if kind is StableDiffusion3Pipeline else {}
-    pipe = kind.from_pretrained(str(folder), **absent)
+    shared = {"vae": AutoencoderKL.from_pretrained(folder.parent / "sd3/vae")} if kind is StableDiffusionPipeline else {}
+    pipe = kind.from_pretrained(str(folder), **absent, **shared)
     assert pipe.scheduler.config.num_train_timesteps == 1000
     if kind is not DDPMPipeline:
         image = pipe("a photo of a pink flower", num_inference_steps=2, **({"max_sequence_length": 1} if absent else {})).images[0]

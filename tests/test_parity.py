@@ -16,7 +16,8 @@ from torch.func import functional_call
 
 from dmin import collect, load_images
 from dmin.methods.first_order import Gradient, mean_gradients, mean_query_gradients, TracInCP
-from dmin.methods.kfac import KFAC, unflatten_gradient
+from dmin.core.gradients import unflatten_like_gradient
+from dmin.methods.kfac import KFAC
 from dmin.methods.second_order import DataInf, LiSSA
 from dmin.methods.trak import dense_projection, TRAK
 from dmin.core.gradients import flatten_like_gradient
@@ -126,7 +127,7 @@ def test_trak_equals_traker(here, kind, tmp_path):
     matrix = dense_projection(d, k, kind)
     # ours has a convolution's gradient laid out position first: the matrix's rows are brought from that order into the parameters' own
     parts = matrix.split([p.numel() for p in here.pipe.unet.parameters()])
-    native = torch.cat([unflatten_gradient(part.T, p).flatten(1) for part, p in zip(parts, here.pipe.unet.parameters())], 1).T
+    native = torch.cat([unflatten_like_gradient(part.T, p.shape).flatten(1) for part, p in zip(parts, here.pipe.unet.parameters())], 1).T
 
     class Given(projectors.AbstractProjector):
         def __init__(self, *args): super().__init__(*args)

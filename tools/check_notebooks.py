@@ -12,6 +12,7 @@ from nbdev.clean import clean_nb
 from nbdev.config import get_config
 from nbdev.doclinks import nbdev_export
 
+from check_style import check as unlike_style
 from make_readme import ROOT, make_readme
 
 
@@ -76,7 +77,8 @@ def unlike_readme() -> list[str]:
 if __name__ == "__main__":
     os.chdir(ROOT)
     paths = [p for p in sorted((ROOT / "nbs").rglob("*.ipynb")) if ".ipynb_checkpoints" not in p.parts]
-    found = [what for path in paths for what in unclean(path)] + unlike_export() + careless_names() + unlike_readme()
+    found = [what for path in paths for what in unclean(path)] + unlike_style(paths)
+    found += unlike_export() + careless_names() + unlike_readme()
     for what in found: print(what, file=sys.stderr)
     print(f"{len(paths)} notebooks checked, {len(found)} things to mend", flush=True)
     sys.exit(1 if found else 0)

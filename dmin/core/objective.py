@@ -215,7 +215,10 @@ class Objective:
         raise TypeError(f"{type(self).__name__} must define predict")
 
     def check(self, samples) -> None:
-        """Raises `ValueError` for a row that cannot be encoded; cheap, for before hours of work."""
+        """Raises `ValueError` when a data set cannot be encoded, its images aside; before hours of work."""
+
+    def check_image(self, image, name: str) -> None:
+        """Raises `ValueError`, which calls it `name`, for an image that cannot be encoded; cheap."""
 
     def encoders(self) -> list[nn.Module]:
         """The frozen models that `encode` uses, such as an autoencoder; part of the fingerprint."""

@@ -43,18 +43,15 @@ class DiTObjective(LatentObjective):
     def n_classes(self) -> int: return self.model.config.num_embeds_ada_norm
 
     def check(self, samples) -> None:
-        """Raises `ValueError` for a label that is no class, and for an image whose values are not 8-bit."""
+        """Raises `ValueError` for a label that is no class of the network."""
         check_labels(samples, self.n_classes)
-        super().check(samples)
 
     def embed(self, samples, names=None) -> dict[str, torch.Tensor]:
         """`label` (n,) int64."""
         return {"label": torch.tensor(check_labels(samples, self.n_classes, names), device=self.device)}
 
     def predict(self, encoded: dict, t: torch.Tensor, eps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """What the network predicts, and what it should, (n, *shape) each; a predicted variance is left out.
-
-        """
+        """What the network predicts, its variance left out, and what it should, (n, *shape) each."""
         z0 = encoded["z0"]
         zt = self.noisy(z0, eps, t).to(self.model.dtype)
         predicted = self.model(zt, timestep=t, class_labels=encoded["label"]).sample.float()

@@ -156,7 +156,8 @@ def _table_html(table: Table) -> str:
     if table.lead:
         above = _element("p", _element("b", escape(f"{table.lead}.")) + " " + escape(table.caption))
         return above + _element("table", "".join(lines))
-    return _element("table", _element("caption", escape(table.caption)) + "".join(lines))
+    caption = _element("caption", escape(table.caption)) if table.caption else ""
+    return _element("table", caption + "".join(lines))
 
 # %% ../../nbs/measures/01_tables.ipynb #919f8a1e
 class Drawn:
