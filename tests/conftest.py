@@ -1,4 +1,6 @@
-"""What the tests share: a tiny real pipeline, a few real digits, and a plain way to compute what dmin computes."""
+"""What the tests share: a tiny real pipeline, a few real digits, and a plain way to compute what dmin
+computes.
+"""
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -13,8 +15,16 @@ from dmin.core.gradients import flatten_like_gradient
 
 def make_unet(size=8, seed=0, **config):
     torch.manual_seed(seed)
-    usual = dict(sample_size=size, in_channels=1, out_channels=1, block_out_channels=(8, 16), norm_num_groups=4, layers_per_block=1, attention_head_dim=8,
-                 down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"))
+    usual = dict(
+        sample_size=size,
+        in_channels=1,
+        out_channels=1,
+        block_out_channels=(8, 16),
+        norm_num_groups=4,
+        layers_per_block=1,
+        attention_head_dim=8,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"))
     return UNet2DModel(**{**usual, **config})
 
 
@@ -26,7 +36,8 @@ def one_by_one(parameters, loss_of, n):
     """Gradients (n, d), one sample and one backward pass at a time."""
     rows = []
     for i in range(n):
-        grads = torch.autograd.grad(loss_of(i), list(parameters.values()), allow_unused=True, materialize_grads=True)
+        grads = torch.autograd.grad(
+            loss_of(i), list(parameters.values()), allow_unused=True, materialize_grads=True)
         rows.append(torch.cat([flatten_like_gradient(g) for g in grads]))
     return torch.stack(rows)
 

@@ -1,4 +1,6 @@
-"""Adapters of every format that diffusers reads: all of them arrive, or none; and what pipelines refuse before any work."""
+"""Adapters of every format that diffusers reads: all of them arrive, or none; and what pipelines refuse
+before any work.
+"""
 import re
 
 import numpy as np
@@ -34,7 +36,8 @@ def adapted(pipe, parts, alpha=8, seed=0):
     if "unet" in parts or "transformer" in parts: add_lora(pipe, alpha=alpha)
     for name in parts:
         if not name.startswith("text_encoder"): continue
-        getattr(pipe, name).add_adapter(LoraConfig(r=4, lora_alpha=alpha, target_modules=["q_proj", "v_proj", "out_proj"]))
+        getattr(pipe, name).add_adapter(
+            LoraConfig(r=4, lora_alpha=alpha, target_modules=["q_proj", "v_proj", "out_proj"]))
     torch.manual_seed(seed)
     for name in parts:
         for key, p in getattr(pipe, name).named_parameters():
@@ -50,7 +53,8 @@ def kohya(pipe, alpha=8):
         for key, x in get_peft_model_state_dict(part, adapter_name="default").items():
             layer, half = re.fullmatch(r"(.*)\.lora_([AB])\.weight", key).groups()
             layer = f"{kind}_{layer.removeprefix('text_model.').replace('.', '_')}"
-            tensors[f"{layer}.lora_{'down' if half == 'A' else 'up'}.weight"] = x.detach().clone().contiguous()
+            tensors[f"{layer}.lora_{'down' if half == 'A' else 'up'}.weight"] = (
+                x.detach().clone().contiguous())
             tensors[f"{layer}.alpha"] = torch.tensor(float(alpha))
     return tensors
 
@@ -65,7 +69,8 @@ def state(pipe):
 def unchanged(pipe, before):
     after = state(pipe)
     assert list(after) == list(before)
-    for key, (x, learns) in before.items(): assert torch.equal(after[key][0], x) and after[key][1] == learns, key
+    for key, (x, learns) in before.items():
+        assert torch.equal(after[key][0], x) and after[key][1] == learns, key
     for name in pipe._lora_loadable_modules: assert not getattr(getattr(pipe, name), "peft_config", None)
 
 
@@ -89,13 +94,17 @@ def test_kohya_files_load(parts, words, tmp_path):
         wanted, found = adapters(made), adapters(pipe)
         assert wanted.keys() == found.keys() and len(found) >= 4
         for key in wanted: assert torch.equal(wanted[key], found[key]), key
-        assert np.array_equal(image(pipe), image(made)) and not np.array_equal(image(pipe), image(small("sd", words)))
+        assert np.array_equal(image(pipe), image(made)) and not np.array_equal(
+            image(pipe), image(small("sd", words)))
 
 
 def test_kohya_alpha_counts(words, tmp_path):
     made = adapted(small("sd", words), ("unet",), alpha=2)
     save_file(kohya(made, alpha=2), tmp_path / "kohya.safetensors")
-    scales = {m.scaling["default"] for m in load_lora(small("sd", words), tmp_path).unet.modules() if hasattr(m, "scaling")}
+    scales = {
+        m.scaling["default"]
+        for m in load_lora(small("sd", words), tmp_path).unet.modules()
+        if hasattr(m, "scaling")}
     assert scales == {.5}   # alpha / rank
 
 
@@ -117,8 +126,9 @@ def spoiled(tensors, how):
             tensors[re.sub(r"_blocks_\d", "_blocks_7", key, count=1)] = tensors.pop(key)
     if how == "another shape": tensors[first] = torch.zeros(4, tensors[first].shape[1] + 1)
     if how == "another text encoder":
-        tensors |= {"lora_te2_text_model_encoder_layers_0_self_attn_q_proj.lora_down.weight": torch.ones(4, 64),
-                    "lora_te2_text_model_encoder_layers_0_self_attn_q_proj.lora_up.weight": torch.ones(64, 4)}
+        tensors |= {
+            "lora_te2_text_model_encoder_layers_0_self_attn_q_proj.lora_down.weight": torch.ones(4, 64),
+            "lora_te2_text_model_encoder_layers_0_self_attn_q_proj.lora_up.weight": torch.ones(64, 4)}
     return tensors
 
 
@@ -130,7 +140,9 @@ def test_what_does_not_fit_changes_nothing(parts, how, said, words, tmp_path):
     pipe = small("sd", words)
     pipe.unet.conv_in.requires_grad_(False)
     before, made = state(pipe), image(pipe)
-    with pytest.raises(ValueError, match=f"do not fit UNet2DConditionModel(?s:.*)({said})(?s:.*)that they were trained for"):
+    with pytest.raises(
+        ValueError, match=f"do not fit UNet2DConditionModel(?s:.*)({said})(?s:.*)that they were trained for"
+    ):
         load_lora(pipe, tmp_path)
     unchanged(pipe, before)
     assert np.array_equal(image(pipe), made)
@@ -140,10 +152,16 @@ def test_what_does_not_fit_changes_nothing(parts, how, said, words, tmp_path):
 
 @pytest.mark.parametrize("family, part", [("sd", "text_encoder"), ("sd3", "text_encoder_2"), ("sd3", "transformer")])
 def test_half_of_a_pair_is_refused(family, part, words, tmp_path):
-    save_lora(adapted(small(family, words), ("unet" if family == "sd" else "transformer", "text_encoder") + (part,) * (part == "text_encoder_2")), tmp_path)
+    save_lora(
+        adapted(
+            small(family, words),
+            ("unet" if family == "sd" else "transformer", "text_encoder")
+            + (part,) * (part == "text_encoder_2")),
+        tmp_path)
     file = tmp_path / "pytorch_lora_weights.safetensors"
     tensors = load_file(file)
-    del tensors[next(key for key in tensors if key.startswith(part + ".") and ("lora_A" in key or ".down." in key))]
+    del tensors[
+        next(key for key in tensors if key.startswith(part + ".") and ("lora_A" in key or ".down." in key))]
     save_file(tensors, file)
     pipe = small(family, words)
     before = state(pipe)
@@ -176,7 +194,8 @@ def test_adapters_that_are_no_safetensors_are_not_read(family, as_file, words, t
     monkeypatch.setattr(torch, "load", lambda *a, **k: pytest.fail("a pickle was read"))
     pipe = small(family, words)
     before = state(pipe)
-    with pytest.raises(OSError, match="only safetensors are read"): load_lora(pipe, file if as_file else tmp_path)
+    with pytest.raises(OSError, match="only safetensors are read"):
+        load_lora(pipe, file if as_file else tmp_path)
     unchanged(pipe, before)
 
 
@@ -189,7 +208,8 @@ def test_clip_that_is_no_safetensors_is_not_read(tmp_path, monkeypatch):
     torch.save(clip.state_dict(), tmp_path / "pytorch_model.bin")
     monkeypatch.setattr(torch, "load", lambda *a, **k: pytest.fail("a pickle was read"))
     from dmin.reproduction.image_sets import load_images
-    with pytest.raises(OSError, match="safetensors"): CLIP(load_images("clipart_10").select(range(2)), model=tmp_path)
+    with pytest.raises(OSError, match="safetensors"):
+        CLIP(load_images("clipart_10").select(range(2)), model=tmp_path)
 
 
 @pytest.mark.parametrize("first", [("unet",), ("text_encoder",)])
@@ -197,7 +217,8 @@ def test_adapters_on_adapters(first, words, tmp_path):
     save_lora(adapted(small("sd", words), ("unet", "text_encoder")), tmp_path)
     pipe = adapted(small("sd", words), first, seed=1)
     before = {key: x.clone() for key, x in adapters(pipe).items()}
-    with pytest.raises(ValueError, match=r"has adapters already.*pipe\.unload_lora_weights\(\)"): load_lora(pipe, tmp_path)
+    with pytest.raises(ValueError, match=r"has adapters already.*pipe\.unload_lora_weights\(\)"):
+        load_lora(pipe, tmp_path)
     assert all(torch.equal(before[key], x) for key, x in adapters(pipe).items())
     pipe.unload_lora_weights()
     assert adapters(load_lora(pipe, tmp_path))
@@ -210,7 +231,8 @@ def test_a_full_disk_leaves_the_adapters_that_were_there(words, tmp_path, monkey
     def full(*args, **options): raise OSError(28, "No space left on device")
     monkeypatch.setattr(StableDiffusionPipeline, "save_lora_weights", full)
     for folder in ("lora", "other"):
-        with pytest.raises(OSError, match="could not write .*No space left on device.*make room"): save_lora(new, tmp_path / folder)
+        with pytest.raises(OSError, match="could not write .*No space left on device.*make room"):
+            save_lora(new, tmp_path / folder)
     assert {p.name: p.read_bytes() for p in (tmp_path / "lora").iterdir()} == before
     assert [p.name for p in tmp_path.iterdir()] == ["lora"]
 
@@ -231,7 +253,8 @@ def test_dtypes_that_are_none(dtype):
 
 @pytest.mark.parametrize("device", ["gpu", "CUDA:x", [], 1.5])
 def test_devices_that_are_none(device, monkeypatch):
-    monkeypatch.setattr("dmin.pipelines._from_pretrained", lambda *a, **k: pytest.fail("loaded before the check"))
+    monkeypatch.setattr(
+        "dmin.pipelines._from_pretrained", lambda *a, **k: pytest.fail("loaded before the check"))
     with pytest.raises(ValueError, match=re.escape(f"device={device!r}") + ".*'cpu', 'cuda' or 'cuda:1'"):
         load_pipeline("ddpm-mnist", device)
 
@@ -245,13 +268,15 @@ def test_devices_that_are_none(device, monkeypatch):
 def test_generate_refuses(bad, said, monkeypatch):
     pipe = make_pipeline()
     monkeypatch.setattr(type(pipe.unet), "forward", lambda *a, **k: pytest.fail("computed before the check"))
-    with pytest.raises(ValueError, match=re.escape(said)): generate(pipe, **dict(prompts_or_n=3, progress=False) | bad)
+    with pytest.raises(ValueError, match=re.escape(said)):
+        generate(pipe, **dict(prompts_or_n=3, progress=False) | bad)
 
 
 def test_generate_takes_other_integers():
     pipe, kinds = make_pipeline(), (int, np.int64, torch.tensor)
     made = [generate(pipe, k(2), steps=k(2), batch_size=k(1), seed=k(5), progress=False) for k in kinds]
-    assert all(m["seed"][:] == [5, 6] and m[0]["image"].tobytes() == made[0][0]["image"].tobytes() for m in made)
+    assert all(
+        m["seed"][:] == [5, 6] and m[0]["image"].tobytes() == made[0][0]["image"].tobytes() for m in made)
     assert len(generate(pipe, 1, seed=2**63 - 1, steps=1, progress=False)) == 1
 
 

@@ -1,4 +1,6 @@
-"""Arguments: what is wrong is refused by name before anything is computed or made; what is right in another type is taken."""
+"""Arguments: what is wrong is refused by name before anything is computed or made; what is right in another
+type is taken.
+"""
 import math
 
 import numpy as np
@@ -21,7 +23,9 @@ BAD_WEIGHTS = [[1.], [[1.], [2.]], [math.nan, 1.], [math.inf, 1.], [0., 0.], "ab
 
 
 @pytest.fixture(scope="module")
-def store(digits, tmp_path_factory): return collect(make_pipeline(), digits.select(range(8)), tmp_path_factory.mktemp("arguments") / "s", **RECIPE)
+def store(digits, tmp_path_factory):
+    return collect(
+        make_pipeline(), digits.select(range(8)), tmp_path_factory.mktemp("arguments") / "s", **RECIPE)
 
 
 @pytest.fixture(scope="module")
@@ -32,9 +36,15 @@ def index(store): return build_index(store, progress=False)
 def test_weights(store, index, digits, weights):
     """One finite number a timestep, not all zero, wherever weights are taken."""
     query = digits.select([0])
-    asks = [lambda: store.influence(query, weights=weights), lambda: store.influence(query).reweight(weights), lambda: index.search(query, 3, weights=weights),
-            lambda: DMin(store, weights=weights).scores(query), lambda: mean_gradients(store, weights), lambda: Gradient(store, weights=weights), lambda: WhitenedDMin(store, .1, weights),
-            lambda: TRAK(store, .1, weights=weights)]
+    asks = [
+        lambda: store.influence(query, weights=weights),
+        lambda: store.influence(query).reweight(weights),
+        lambda: index.search(query, 3, weights=weights),
+        lambda: DMin(store, weights=weights).scores(query),
+        lambda: mean_gradients(store, weights),
+        lambda: Gradient(store, weights=weights),
+        lambda: WhitenedDMin(store, 0.1, weights),
+        lambda: TRAK(store, 0.1, weights=weights)]
     for ask in asks:
         with pytest.raises(ValueError, match="weights"): ask()
 
@@ -56,11 +66,20 @@ def test_whole_numbers_of_queries(store, index, digits, value):
     """Also where a cached answer would hide them."""
     query = digits.select([1])
     store.influence(query)
-    for ask in (lambda: store.gradients(query, batch_size=value), lambda: store.influence(query, batch_size=value), lambda: index.search(query, 3, ef=value),
-                lambda: index.search(query, k=value), lambda: index.recall(query, k=value), lambda: index.recall(query, 3, ef=value), lambda: store.influence(query).top(value),
-                lambda: store.add(query, batch_size=value), lambda: build_index(store, ef_construction=value), lambda: build_index(store, M=value),
-                lambda: sample_gradients(store.objective, query, torch.tensor([0]), Compressor(8), batch_size=value),
-                lambda: sample_gradients(store.objective, query, torch.tensor([0]), Compressor(8), noises=value)):
+    for ask in (
+        lambda: store.gradients(query, batch_size=value),
+        lambda: store.influence(query, batch_size=value),
+        lambda: index.search(query, 3, ef=value),
+        lambda: index.search(query, k=value),
+        lambda: index.recall(query, k=value),
+        lambda: index.recall(query, 3, ef=value),
+        lambda: store.influence(query).top(value),
+        lambda: store.add(query, batch_size=value),
+        lambda: build_index(store, ef_construction=value),
+        lambda: build_index(store, M=value),
+        lambda: sample_gradients(store.objective, query, torch.tensor([0]), Compressor(8), batch_size=value),
+        lambda: sample_gradients(store.objective, query, torch.tensor([0]), Compressor(8), noises=value),
+    ):
         with pytest.raises(ValueError, match="whole number"): ask()
     assert len(store) == 8
 
@@ -72,31 +91,55 @@ def test_whole_numbers_of_queries(store, index, digits, value):
     (dict(timesteps={3}), "in a list"), (dict(timesteps=torch.tensor([[1], [2]])), "timesteps hold"), (dict(dtype=torch.float16), "dtype=torch.float16"), (dict(dtype=None), "dtype=None"),
     (dict(shard_size=2.5), "shard_size=2.5"), (dict(parameters=[1]), "1 is no pattern"), (dict(spacing=3), "spacing")])
 def test_arguments_of_collect(digits, tmp_path, bad, said):
-    with pytest.raises(ValueError, match=said): collect(make_pipeline(), digits.select(range(2)), tmp_path / "s", **{**RECIPE, **bad})
+    with pytest.raises(ValueError, match=said):
+        collect(make_pipeline(), digits.select(range(2)), tmp_path / "s", **{**RECIPE, **bad})
     assert not (tmp_path / "s").exists()
 
 
 @pytest.mark.parametrize("folder", [None, 3, ["s"], ""])
 def test_folders(digits, folder):
-    for ask in (lambda: open_store(folder), lambda: Store(folder), lambda: collect(make_pipeline(), digits.select(range(2)), folder, **RECIPE)):
+    for ask in (
+        lambda: open_store(folder),
+        lambda: Store(folder),
+        lambda: collect(make_pipeline(), digits.select(range(2)), folder, **RECIPE),
+    ):
         with pytest.raises(TypeError, match="folder=.*a path is needed"): ask()
 
 
 def test_numbers_of_other_libraries(digits, tmp_path):
     """NumPy's and PyTorch's whole numbers are whole numbers, and what is stored is the same."""
-    rows, plain = digits.select(range(4)), dict(v=64, timesteps=3, seed=3, noises=2, batch_size=8, shard_size=2, progress=False)
+    rows, plain = (
+        digits.select(range(4)),
+        dict(v=64, timesteps=3, seed=3, noises=2, batch_size=8, shard_size=2, progress=False))
     store = collect(make_pipeline(), rows, tmp_path / "a", **plain)
-    other = dict(v=np.int64(64), timesteps=torch.tensor(3), seed=np.uint8(3), noises=torch.tensor(2), batch_size=np.int32(8), shard_size=np.int64(2), progress=False)
+    other = dict(
+        v=np.int64(64),
+        timesteps=torch.tensor(3),
+        seed=np.uint8(3),
+        noises=torch.tensor(2),
+        batch_size=np.int32(8),
+        shard_size=np.int64(2),
+        progress=False)
     again = collect(make_pipeline(), rows, tmp_path / "b", **other)
     assert torch.equal(store.vectors(), again.vectors()) and store.manifest == again.manifest
-    for timesteps in (np.array([0, 333, 666]), torch.tensor([0, 333, 666]), (0, 333, 666), range(0, 999, 333), np.int64(3)):
+    for timesteps in (
+        np.array([0, 333, 666]),
+        torch.tensor([0, 333, 666]),
+        (0, 333, 666),
+        range(0, 999, 333),
+        np.int64(3),
+    ):
         collect(make_pipeline(), rows, tmp_path / "a", **plain | {"timesteps": timesteps})
     assert store.influence(rows.select([0])).top(np.int64(2)).rows.shape == (1, 2)
     assert select_timesteps(make_pipeline().scheduler, np.int64(3)).tolist() == [0, 333, 666]
 
 
 def test_compressors(store):
-    for make in (Compressor, lambda v, seed=0: ReferenceCompressor(1000, v, seed), lambda v, seed=0: make_compressor(1000, v, seed)):
+    for make in (
+        Compressor,
+        lambda v, seed=0: ReferenceCompressor(1000, v, seed),
+        lambda v, seed=0: make_compressor(1000, v, seed),
+    ):
         for v in (0, -3, 2.5, "8", True):
             with pytest.raises(ValueError, match="v=.*positive whole number"): make(v)
     for seed in (-1, 2**63, 1.5, None):
@@ -107,7 +150,10 @@ def test_compressors(store):
 
 @pytest.mark.parametrize("damping", [0, -1, math.nan, math.inf, "1"])
 def test_dampings(store, damping):
-    for ask in (lambda: Kernel(torch.randn(3, 4)).scores(torch.randn(1, 4), damping), lambda: KFAC(store, damping)):
+    for ask in (
+        lambda: Kernel(torch.randn(3, 4)).scores(torch.randn(1, 4), damping),
+        lambda: KFAC(store, damping),
+    ):
         with pytest.raises(ValueError, match="damping="): ask()
 
 

@@ -1,4 +1,6 @@
-"""Bad input gets an error that names the value, what was expected and the way out; nothing that was stored is lost."""
+"""Bad input gets an error that names the value, what was expected and the way out; nothing that was stored is
+lost.
+"""
 import numpy as np
 import pytest
 import torch
@@ -30,14 +32,16 @@ def test_no_samples(pipe, tmp_path, empty):
 
 
 def test_missing_column(pipe, tmp_path):
-    with pytest.raises(ValueError, match="no column 'image'.*picture"): collect(pipe, Dataset.from_dict({"picture": [1]}), tmp_path / "s", **RECIPE)
+    with pytest.raises(ValueError, match="no column 'image'.*picture"):
+        collect(pipe, Dataset.from_dict({"picture": [1]}), tmp_path / "s", **RECIPE)
 
 
 @pytest.mark.parametrize("image, said", [
     (Image.new("L", (28, 28)), "28×28.*expected 8×8.*size=8"), (Image.new("RGB", (8, 8)), "RGB.*expected 1 channel"), (Image.new("I;16", (8, 8)), "uint16|int32")])
 def test_images_that_do_not_fit(store, digits, image, said):
     with pytest.raises(ValueError, match=said): store.influence(image)
-    with pytest.raises(ValueError, match=said): collect(make_pipeline(), [*digits["image"][:3], image], store.folder.parent / "other", **RECIPE)
+    with pytest.raises(ValueError, match=said):
+        collect(make_pipeline(), [*digits["image"][:3], image], store.folder.parent / "other", **RECIPE)
 
 
 @pytest.mark.parametrize("array, said", [(np.full((8, 8), 255.), "255.*expected floats in"), (np.full((8, 8), -1.), "-1"), (np.full((8, 8), np.nan), "NaN")])
@@ -55,7 +59,8 @@ def test_infinite_loss_names_sample_and_timestep_and_keeps_what_was_stored(pipe,
         objective.calls += 1
         return torch.where(torch.arange(len(t)) == 5, float("nan"), found) if objective.calls == 4 else found
     objective.loss = breaks
-    with pytest.raises(FloatingPointError, match="loss of sample 10 at timestep 500 is nan"): collect(objective, digits, tmp_path / "s", **RECIPE)
+    with pytest.raises(FloatingPointError, match="loss of sample 10 at timestep 500 is nan"):
+        collect(objective, digits, tmp_path / "s", **RECIPE)
     assert Store(tmp_path / "s").missing() == list(range(8, 40))
     objective.loss = loss
     assert collect(objective, digits, tmp_path / "s", **RECIPE).missing() == []
@@ -64,16 +69,19 @@ def test_infinite_loss_names_sample_and_timestep_and_keeps_what_was_stored(pipe,
 def test_infinite_and_zero_gradients(digits):
     pipe = make_pipeline()
     with torch.no_grad(): pipe.unet.conv_out.weight.fill_(1e30)
-    with pytest.raises(FloatingPointError, match="sample 0 at timestep 0"): sample_gradients(make_objective(pipe), digits.select([0]), torch.tensor([0]), Compressor(8))
+    with pytest.raises(FloatingPointError, match="sample 0 at timestep 0"):
+        sample_gradients(make_objective(pipe), digits.select([0]), torch.tensor([0]), Compressor(8))
     pipe = make_pipeline()
     with torch.no_grad(): pipe.unet.conv_out.weight.zero_()
     with pytest.raises(FloatingPointError, match="gradient of sample 0 at timestep 0 is 0.*direction"):
-        sample_gradients(make_objective(pipe, "conv_in*"), digits.select([0]), torch.tensor([0]), Compressor(8))
+        sample_gradients(
+            make_objective(pipe, "conv_in*"), digits.select([0]), torch.tensor([0]), Compressor(8))
 
 
 @pytest.mark.parametrize("timesteps", [[0, 1000], [-1], [10**6]])
 def test_timesteps_outside_the_scheduler(pipe, digits, tmp_path, timesteps):
-    with pytest.raises(ValueError, match="outside the scheduler: it has 0 to 999"): collect(pipe, digits, tmp_path / "s", **{**RECIPE, "timesteps": timesteps})
+    with pytest.raises(ValueError, match="outside the scheduler: it has 0 to 999"):
+        collect(pipe, digits, tmp_path / "s", **{**RECIPE, "timesteps": timesteps})
 
 
 @pytest.mark.parametrize("n", [0, 1001])
@@ -82,7 +90,8 @@ def test_number_of_timesteps(pipe, n):
 
 
 def test_no_timesteps(pipe, digits, tmp_path):
-    with pytest.raises(ValueError, match="no timesteps"): collect(pipe, digits, tmp_path / "s", **{**RECIPE, "timesteps": []})
+    with pytest.raises(ValueError, match="no timesteps"):
+        collect(pipe, digits, tmp_path / "s", **{**RECIPE, "timesteps": []})
 
 
 @pytest.mark.parametrize("k", [0, -1, 41])
@@ -94,7 +103,8 @@ def test_k(store, digits, k):
 
 def test_queries_of_another_v(store, digits):
     g = store.gradients(digits.select([0]))
-    with pytest.raises(ValueError, match="2 timesteps × 32, the store of 2 × 64"): store.influence(Gradients(g.compressed[..., :32], g.norms, g.losses))
+    with pytest.raises(ValueError, match="2 timesteps × 32, the store of 2 × 64"):
+        store.influence(Gradients(g.compressed[..., :32], g.norms, g.losses))
 
 
 def test_store_without_its_pipeline(store, digits):
@@ -108,7 +118,8 @@ def test_unfinished_store(store, digits):
 
 
 def test_unsupported_pipeline(digits, tmp_path):
-    with pytest.raises(TypeError, match="DDPMPipeline.*register_family"): collect(torch.nn.Linear(1, 1), digits, tmp_path / "s")
+    with pytest.raises(TypeError, match="DDPMPipeline.*register_family"):
+        collect(torch.nn.Linear(1, 1), digits, tmp_path / "s")
 
 
 def test_no_index(store):
@@ -143,35 +154,44 @@ def test_a_bad_image_late_in_the_data_is_found_first(pipe, digits, tmp_path):
 
 @pytest.mark.parametrize("mode", ["P", "YCbCr", "LAB"])
 def test_modes_that_only_look_right(store, mode):
-    with pytest.raises(ValueError, match=f"mode {mode}"): store.influence(Image.new("RGB", (8, 8), (200, 30, 30)).convert("P") if mode == "P" else Image.new(mode, (8, 8)))
+    with pytest.raises(ValueError, match=f"mode {mode}"):
+        store.influence(
+            Image.new("RGB", (8, 8), (200, 30, 30)).convert("P") if mode == "P" else Image.new(mode, (8, 8)))
 
 
 def test_a_row_without_an_image(pipe, digits, tmp_path):
-    with pytest.raises(ValueError, match="no image"): collect(pipe, [{"image": digits[0]["image"]}, {"image": None}], tmp_path / "s", **RECIPE)
+    with pytest.raises(ValueError, match="no image"):
+        collect(pipe, [{"image": digits[0]["image"]}, {"image": None}], tmp_path / "s", **RECIPE)
 
 
 def test_bad_new_samples_leave_the_store_as_it_was(store, digits):
     before = store.vectors()
-    with pytest.raises(ValueError, match="28×28"): store.add([{"image": Image.new("L", (28, 28)), "label": 3}], progress=False)
+    with pytest.raises(ValueError, match="28×28"):
+        store.add([{"image": Image.new("L", (28, 28)), "label": 3}], progress=False)
     assert len(store) == len(Store(store.folder)) == 40 and torch.equal(store.vectors(), before)
-    with pytest.warns(UserWarning, match="in the store already"): assert len(store.add(digits.select([0]), progress=False)) == 41
+    with pytest.warns(UserWarning, match="in the store already"):
+        assert len(store.add(digits.select([0]), progress=False)) == 41
 
 
 def test_queries_of_another_recipe(store, pipe, digits, tmp_path):
     other = collect(pipe, digits, tmp_path / "other", **RECIPE, seed=1)
-    with pytest.raises(ValueError, match="recipe of another store"): store.influence(other.gradients(digits.select([0])))
+    with pytest.raises(ValueError, match="recipe of another store"):
+        store.influence(other.gradients(digits.select([0])))
     g = store.gradients(digits.select([0]))
-    with pytest.raises(ValueError, match="not finite"): store.influence(g._replace(compressed=g.compressed * float("nan")))
+    with pytest.raises(ValueError, match="not finite"):
+        store.influence(g._replace(compressed=g.compressed * float("nan")))
 
 
 def test_index_refuses_what_does_not_fit(store, digits):
     from dmin import build_index
     g = store.gradients(digits.select([0]))
     for bad in (dict(M=0), dict(M=1), dict(ef_construction=0)):
-        with pytest.raises(ValueError, match="(M|ef_construction)=.*whole number"): build_index(store, progress=False, **bad)
+        with pytest.raises(ValueError, match="(M|ef_construction)=.*whole number"):
+            build_index(store, progress=False, **bad)
     index = build_index(store, progress=False)
     for f in (index.search, index.recall):
-        with pytest.raises(ValueError, match="timesteps × 32"): f(g._replace(compressed=g.compressed[..., :32]), 3)
+        with pytest.raises(ValueError, match="timesteps × 32"):
+            f(g._replace(compressed=g.compressed[..., :32]), 3)
     next(store.folder.glob("index-*.hnsw")).write_bytes(b"short")
     with pytest.raises(ValueError, match="damaged.*build_index"): open_index(store)
     store.add([{"image": Image.new("L", (8, 8), 77), "label": 3}], progress=False)
@@ -186,4 +206,5 @@ def test_another_networks_configuration_is_another_model(digits, tmp_path):
 
 
 def test_a_name_instead_of_a_pipeline(digits, tmp_path):
-    with pytest.raises(TypeError, match=r"load_pipeline\('ddpm-mnist'\)"): collect("ddpm-mnist", digits, tmp_path / "s")
+    with pytest.raises(TypeError, match=r"load_pipeline\('ddpm-mnist'\)"):
+        collect("ddpm-mnist", digits, tmp_path / "s")

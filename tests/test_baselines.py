@@ -71,7 +71,8 @@ def pipe(): return tiny_ddpm(8, channels=(16,))
 @pytest.fixture(scope="module")
 def store(pipe, tmp_path_factory):
     digits = load_images("mnist_5k", size=8).select(range(0, 4000, 200))
-    return collect(pipe, digits, tmp_path_factory.mktemp("store"), v=512, timesteps=3, dtype="float32", progress=False)
+    return collect(
+        pipe, digits, tmp_path_factory.mktemp("store"), v=512, timesteps=3, dtype="float32", progress=False)
 
 
 @pytest.fixture(scope="module")
@@ -80,10 +81,13 @@ def queries(pipe): return generate(pipe, 4, steps=4, progress=False)
 
 @pytest.mark.parametrize("name", ATTRIBUTORS)
 def test_one_call_for_all(name, store, queries):
-    """Scores have one row a query; a query's row depends neither on the other queries nor on their order, and asking twice gives the same."""
+    """Scores have one row a query; a query's row depends neither on the other queries nor on their order, and
+    asking twice gives the same.
+    """
     method = ATTRIBUTORS[name](store)
     scores = method.scores(queries)
-    assert scores.shape == (4, 20) and scores.dtype == torch.float32 and scores.isfinite().all() and method.name
+    assert (
+        scores.shape == (4, 20) and scores.dtype == torch.float32 and scores.isfinite().all() and method.name)
     scale = scores.abs().max()
     assert torch.equal(method.scores(queries), scores)
     assert torch.allclose(method.scores(queries.select([3, 1])), scores[[3, 1]], atol=2e-4 * scale)
@@ -92,7 +96,9 @@ def test_one_call_for_all(name, store, queries):
 
 @pytest.mark.parametrize("name", [*ATTRIBUTORS, *OTHERS])
 def test_every_method_ranks_and_draws_itself(name, store, queries):
-    """`influence` has the numbers of `scores` and shows both kinds of images; a region changes the scores, or is refused by name."""
+    """`influence` has the numbers of `scores` and shows both kinds of images; a region changes the scores, or
+    is refused by name.
+    """
     method = ATTRIBUTORS[name](store) if name in ATTRIBUTORS else OTHERS[name](store, queries)
     assert isinstance(method, Attributor)
     scores, top = method.scores(queries), method.influence(queries).top(3)
@@ -102,24 +108,35 @@ def test_every_method_ranks_and_draws_itself(name, store, queries):
     assert top._repr_html_().count("<img") == 4 * (1 + 3)   # each query with its three
     half, whole = (0, 0, 4, 8), (0, 0, 8, 8)
     if name in WHOLE_IMAGES:
-        with pytest.raises(ValueError, match=re.escape(f"{method.name} looks at whole images")): method.influence(queries, region=half)
+        with pytest.raises(ValueError, match=re.escape(f"{method.name} looks at whole images")):
+            method.influence(queries, region=half)
         return
     found = method.influence(queries, region=half)
     assert not torch.allclose(found.values, scores, rtol=1e-2, atol=1e-3 * scores.abs().max().item())
     assert torch.allclose(found.values, method.scores(queries, half), **tolerance)
     each = method.scores(queries, [half, whole, whole, half])   # a region a query
-    assert torch.allclose(each[[0, 3]], found.values[[0, 3]], rtol=1e-2, atol=1e-3 * scores.abs().max().item())
+    assert torch.allclose(
+        each[[0, 3]], found.values[[0, 3]], rtol=1e-2, atol=1e-3 * scores.abs().max().item())
 
 
 def test_a_method_of_numbers_alone_ranks_without_images(queries):
     assert "sample" in repr(Random(9).influence(queries).top(3))
 
 
-@pytest.mark.parametrize("name", [n for n in ATTRIBUTORS if n not in ("K-FAC", "EK-FAC", "LiSSA")])   # the first draw targets in the samples' order
+# the first draw targets in the samples' order
+@pytest.mark.parametrize("name", [n for n in ATTRIBUTORS if n not in ("K-FAC", "EK-FAC", "LiSSA")])
 def test_the_order_of_samples_does_not_matter(name, store, queries, pipe, tmp_path):
-    turned = collect(pipe, store.samples.select(range(19, -1, -1)), tmp_path, v=512, timesteps=3, dtype="float32", progress=False)
+    turned = collect(
+        pipe,
+        store.samples.select(range(19, -1, -1)),
+        tmp_path,
+        v=512,
+        timesteps=3,
+        dtype="float32",
+        progress=False)
     scores = ATTRIBUTORS[name](store).scores(queries)
-    assert torch.allclose(ATTRIBUTORS[name](turned).scores(queries).flip(1), scores, atol=1e-3 * scores.abs().max())
+    assert torch.allclose(
+        ATTRIBUTORS[name](turned).scores(queries).flip(1), scores, atol=1e-3 * scores.abs().max())
 
 
 @pytest.mark.parametrize("name", ["cosine", "TRAK", "DMin", "whitened"])
@@ -132,13 +149,20 @@ def test_fewer_bits_on_disk_keep_the_order(dtype, store, queries, pipe, tmp_path
     small = collect(pipe, store.samples, tmp_path, v=512, timesteps=3, dtype=dtype, progress=False)
     for name in ("Gradient", "TRAK", "whitened"):
         a, b = (ATTRIBUTORS[name](s).scores(queries) for s in (store, small))
-        assert min(spearmanr(x, y).statistic for x, y in zip(a, b)) > (.999 if dtype == "float16" else .97), name
+        assert min(spearmanr(x, y).statistic for x, y in zip(a, b)) > (
+            0.999 if dtype == "float16" else 0.97
+        ), name
 
 
 def test_stores_without_their_pipeline_say_so(store, queries):
     from dmin.core.store import Store
     bare = Store(store.folder)
-    for make in (lambda: Gradient(bare).scores(queries), lambda: TRAK(bare), lambda: KFAC(bare), lambda: WhitenedDMin(bare)):
+    for make in (
+        lambda: Gradient(bare).scores(queries),
+        lambda: TRAK(bare),
+        lambda: KFAC(bare),
+        lambda: WhitenedDMin(bare),
+    ):
         with pytest.raises(ValueError, match="open_store"): make()
 
 
@@ -151,10 +175,18 @@ def test_images_of_another_size_are_refused(store):
 # measures
 
 def test_lds_is_spearmans(rng=np.random.default_rng(0)):
-    masks, scores, measured = random_subsets(30, 20), torch.tensor(rng.random((4, 30))), torch.tensor(rng.random((20, 4)))
+    masks, scores, measured = (
+        random_subsets(30, 20),
+        torch.tensor(rng.random((4, 30))),
+        torch.tensor(rng.random((20, 4))))
     found = lds_per_query(scores, masks, measured)
-    expected = [spearmanr([scores[q][mask].sum().item() for mask in masks], measured[:, q]).statistic for q in range(4)]
-    assert np.allclose(found, expected) and np.allclose(lds_per_query(3 * scores, masks, measured), found) and np.allclose(lds_per_query(-scores, masks, measured), -found)
+    expected = [
+        spearmanr([scores[q][mask].sum().item() for mask in masks], measured[:, q]).statistic
+        for q in range(4)]
+    assert (
+        np.allclose(found, expected)
+        and np.allclose(lds_per_query(3 * scores, masks, measured), found)
+        and np.allclose(lds_per_query(-scores, masks, measured), -found))
 
 
 def test_lds_of_scores_that_say_nothing_is_zero():
@@ -163,7 +195,9 @@ def test_lds_of_scores_that_say_nothing_is_zero():
 
 
 def test_the_ceiling_is_one_without_noise_and_near_nought_with_nothing_else():
-    signal, noise = torch.randn(200, 1, 5, generator=torch.Generator().manual_seed(0)).expand(-1, 3, -1), torch.randn(200, 3, 5, generator=torch.Generator().manual_seed(1))
+    signal, noise = (
+        torch.randn(200, 1, 5, generator=torch.Generator().manual_seed(0)).expand(-1, 3, -1),
+        torch.randn(200, 3, 5, generator=torch.Generator().manual_seed(1)))
     assert np.allclose(ceiling_per_query(signal), 1) and abs(ceiling_per_query(noise).mean()) < .1
 
 
@@ -191,8 +225,20 @@ Retrained(sys.argv[1], {"recipe": 1}).build(random_subsets(30, 7), retrain, (0, 
 
 def test_processes_share_the_retraining(tmp_path):
     (tmp_path / "work.py").write_text(RETRAIN)
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(tmp_path / "work.py"), str(tmp_path / "outputs")],
-                          capture_output=True, text=True, timeout=600, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            "2",
+            str(tmp_path / "work.py"),
+            str(tmp_path / "outputs")],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("trained") == 14   # each model once
     masks = random_subsets(30, 7)
@@ -204,7 +250,8 @@ def test_a_failed_retraining_keeps_what_was_done(tmp_path):
     masks, done = random_subsets(30, 4), []
 
     def retrain(rows, seed):
-        if len(done) == 2: raise RuntimeError("power cut")
+        if len(done) == 2:
+            raise RuntimeError("power cut")
         done.append(seed)
         return {"losses": torch.zeros(1, 1)}
     with pytest.raises(RuntimeError): Retrained(tmp_path, {}).build(masks, retrain, progress=False)
@@ -220,4 +267,5 @@ def test_a_damaged_output_is_named(tmp_path):
 
 
 def test_random_scores_are_the_same_every_time(queries):
-    assert torch.equal(Random(9).scores(queries), Random(9).scores(queries)) and not torch.equal(Random(9).scores(queries), Random(9, seed=1).scores(queries))
+    assert torch.equal(Random(9).scores(queries), Random(9).scores(queries)) and not torch.equal(
+        Random(9).scores(queries), Random(9, seed=1).scores(queries))

@@ -11,10 +11,17 @@ from dmin.core.compression import (
 
 
 def test_bits_are_these_on_every_machine():
-    assert [int(w) for w in random_words(0, 0, 3)] == [-2152535657050944081, 7960286522194355700, 487617019471545679]
+    assert [int(w) for w in random_words(0, 0, 3)] == [
+        -2152535657050944081,
+        7960286522194355700,
+        487617019471545679]
     # whole numbers are added without rounding, so the compressed gradient itself is fixed
     assert Compressor(5, seed=3)(torch.arange(23.)[None])[0].tolist() == [25, 12, 36, 31, -17]
-    assert Compressor(64, seed=11)(torch.arange(100_000, dtype=torch.float64)[None])[0, :4].tolist() == [796495, 3237868, 3541863, -3230338]
+    assert Compressor(64, seed=11)(torch.arange(100_000, dtype=torch.float64)[None])[0, :4].tolist() == [
+        796495,
+        3237868,
+        3541863,
+        -3230338]
 
 
 @pytest.mark.parametrize("v", [1, 3, 64, 100, 4096])
@@ -49,7 +56,9 @@ def test_exact_when_nothing_is_lost(make, v):
 
 
 def gradients(kind, d):
-    """Pairs of vectors: without structure; large where they are neighbours; of rank one, as the gradient of a layer is."""
+    """Pairs of vectors: without structure; large where they are neighbours; of rank one, as the gradient of a
+    layer is.
+    """
     torch.manual_seed(1)
     if kind == "white": a, b = torch.randn(2, d)
     if kind == "clustered": a, b = torch.randn(2, d) * torch.exp(-torch.linspace(-6, 6, d) ** 2)
@@ -69,26 +78,33 @@ def test_unbiased_with_the_predicted_variance(kind, v, seeds=1500):
     found = torch.stack([c[0] @ c[1] for c in (Compressor(v, s)(both) for s in range(seeds))])
     blocks = [torch.nn.functional.pad(x, (0, -d % v)).view(-1, v) for x in (a, b)]
     same = (blocks[0].square().sum(1) * blocks[1].square().sum(1) + (blocks[0] * blocks[1]).sum(1) ** 2).sum()
-    expected = ((1 + (a @ b) ** 2 - same) / v).sqrt()   # pairs in different blocks meet with probability 1/v, others never
+    # pairs in different blocks meet with probability 1/v, others never
+    expected = ((1 + (a @ b) ** 2 - same) / v).sqrt()
     assert abs(found.mean() - a @ b) < 4 * expected / seeds ** .5
     assert abs(found.std() / expected - 1) < .1
-    assert found.std() < 1.1 * standard_error(v, d, (a @ b).item(), 1, (a**2 @ b**2).item())   # never worse than the permutation
+    # never worse than the permutation
+    assert found.std() < 1.1 * standard_error(v, d, (a @ b).item(), 1, (a**2 @ b**2).item())
 
 
 def test_signs_are_fair_and_independent():
     s = torch.stack([random_signs(seed, 10**9, 4096) for seed in range(400)])
     assert abs(s.mean()) < 4 / s.numel() ** .5
-    assert (s.T @ s / 400).fill_diagonal_(0).abs().max() < 6.5 / 400 ** .5   # the largest of 8 million correlations
+    # the largest of 8 million correlations
+    assert (s.T @ s / 400).fill_diagonal_(0).abs().max() < 6.5 / 400 ** .5
     assert (s @ s.T / 4096).fill_diagonal_(0).abs().max() < 6 / 4096 ** .5
 
 
 def test_standard_error_shrinks_to_nothing():
-    assert standard_error(4096) == 1 / 64 and standard_error(100, d=100) == 0 and standard_error(50, d=100) < standard_error(50)
+    assert (
+        standard_error(4096) == 1 / 64
+        and standard_error(100, d=100) == 0
+        and standard_error(50, d=100) < standard_error(50))
 
 
 def test_uncompressed_is_the_gradient():
     g = torch.randn(2, 50)
-    assert torch.equal(make_compressor(50, None)(g), g) and isinstance(make_compressor(50, None), NoCompression)
+    assert torch.equal(make_compressor(50, None)(g), g) and isinstance(
+        make_compressor(50, None), NoCompression)
 
 
 @pytest.mark.parametrize("v, said", [(0, "positive"), (-4, "positive"), (1.5, "positive"), (True, "positive"), (101, "larger than the gradient")])
@@ -107,5 +123,8 @@ c.add_(total, piece, 0); before = peak()
 for i in range(1, 200): c.add_(total, piece, i * 2**20)
 print(peak() - before)
 """
-    grown = float(subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=600).stdout)
+    grown = float(
+        subprocess.run(
+            [sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=600
+        ).stdout)
     assert grown < 100   # MB, while 800 MB of gradient passed through

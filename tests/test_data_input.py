@@ -1,4 +1,6 @@
-"""Images, data sets and mixtures that are not what they should be are refused by name, with the way out; what is shown is escaped."""
+"""Images, data sets and mixtures that are not what they should be are refused by name, with the way out; what
+is shown is escaped.
+"""
 import io
 from html.parser import HTMLParser
 
@@ -10,7 +12,13 @@ from datasets import Image as ImageFeature
 from PIL import ExifTags, Image
 
 from dmin import load_images, select_timesteps
-from dmin.core.images import height_and_width, as_samples, column_digests, images_to_tensor, sample_ids, to_rgb
+from dmin.core.images import (
+    height_and_width,
+    as_samples,
+    column_digests,
+    images_to_tensor,
+    sample_ids,
+    to_rgb)
 from dmin.reproduction.image_sets import _draw
 from dmin.reproduction.claims import Comparison
 from dmin.measures.costs import Cost, CostTable
@@ -35,15 +43,17 @@ def encoded(image, form="png", **options):
 
 
 def photo(seed=0): return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (6, 10, 3), np.uint8))
-def files(*contents): return Dataset.from_dict({"image": [None if c is None else {"bytes": c, "path": None} for c in contents]},
-                                               features=Features({"image": ImageFeature()}))
+def files(*contents):
+    return Dataset.from_dict({"image": [None if c is None else {"bytes": c, "path": None} for c in contents]},
+                             features=Features({"image": ImageFeature()}))
 
 
 # data sets
 
 def test_a_transform_is_refused(digits):
     """Its images are others than those that are stored."""
-    black = digits.with_transform(lambda rows: {k: [Image.new("L", (8, 8))] * len(rows["image"]) for k in ("image",)})
+    black = digits.with_transform(
+        lambda rows: {k: [Image.new("L", (8, 8))] * len(rows["image"]) for k in ("image",)})
     for f in (as_samples, sample_ids):
         words = said(f, black)
         assert "transform" in words and "ds.map" in words and "reset_format" in words
@@ -73,13 +83,21 @@ def test_a_turned_photograph_is_one_sample_however_it_comes(tmp_path):
     path = tmp_path / "photo.jpg"
     photo().save(path, exif=exif, quality=95)
     ways = {
-        "picture": Image.open(path), "row": {"image": Image.open(path)}, "bytes": {"image": path.read_bytes()},
-        "path": {"image": str(path)}, "Path": {"image": path}, "data set": files(path.read_bytes()),
+        "picture": Image.open(path),
+        "row": {"image": Image.open(path)},
+        "bytes": {"image": path.read_bytes()},
+        "path": {"image": str(path)},
+        "Path": {"image": path},
+        "data set": files(path.read_bytes()),
         "paths": Dataset.from_dict({"image": [str(path)]}).cast_column("image", ImageFeature())}
     ids = {way: sample_ids(as_samples(x)) for way, x in ways.items()}
     assert len({tuple(x) for x in ids.values()}) == 1, ids
     tensors = [images_to_tensor(as_samples(x)["image"], (10, 6), 3) for x in ways.values()]
-    for x in (*tensors, images_to_tensor([Image.open(path)], (10, 6), 3), images_to_tensor([to_rgb(Image.open(path))], (10, 6), 3)):
+    for x in (
+        *tensors,
+        images_to_tensor([Image.open(path)], (10, 6), 3),
+        images_to_tensor([to_rgb(Image.open(path))], (10, 6), 3),
+    ):
         assert torch.equal(x, tensors[0])
 
 
@@ -92,18 +110,31 @@ def test_a_tiff_is_turned_once(tmp_path):
 
 # files that are no images
 
-BROKEN = {"cut short": encoded(photo(), "jpeg")[:-60], "garbage": b"no image at all", "empty": b"", "a broken png": encoded(photo())[:80]}
+BROKEN = {
+    "cut short": encoded(photo(), "jpeg")[:-60],
+    "garbage": b"no image at all",
+    "empty": b"",
+    "a broken png": encoded(photo())[:80]}
 
 
 @pytest.mark.parametrize("broken", BROKEN.values(), ids=BROKEN)
 def test_a_broken_file_is_named(broken, tmp_path):
     good = encoded(photo())
     (path := tmp_path / "broken.png").write_bytes(broken)
-    data_set = Dataset.from_list([{"image": {"bytes": c, "path": None}} for c in (good, good, good)] + [{"image": {"bytes": None, "path": str(path)}}])
+    data_set = Dataset.from_list(
+        [{"image": {"bytes": c, "path": None}} for c in (good, good, good)]
+        + [{"image": {"bytes": None, "path": str(path)}}])
     data_set = data_set.cast_column("image", ImageFeature())
     rows = [{"image": c} for c in (good, good, good, broken)]
-    for words in (said(sample_ids, data_set), said(as_samples, rows), said(sample_ids, files(good, good, good, broken))):
-        assert words.startswith("sample 3 cannot be read as an image") and "leave it out" in words and "select" in words
+    for words in (
+        said(sample_ids, data_set),
+        said(as_samples, rows),
+        said(sample_ids, files(good, good, good, broken)),
+    ):
+        assert (
+            words.startswith("sample 3 cannot be read as an image")
+            and "leave it out" in words
+            and "select" in words)
     assert said(sample_ids, data_set, name="query").startswith("query 3 cannot")
 
 
@@ -123,12 +154,16 @@ def test_a_picture_whose_file_is_cut_short_is_named():
 
 
 def test_a_missing_image_is_named():
-    assert said(sample_ids, files(encoded(photo()), None)).startswith("sample 1 has no image (None): drop such rows")
+    assert said(sample_ids, files(encoded(photo()), None)).startswith(
+        "sample 1 has no image (None): drop such rows")
 
 
 @pytest.mark.parametrize("empty", [Image.new("RGB", (0, 5)), np.zeros((5, 0, 3), np.uint8), np.zeros((5, 0)), torch.zeros(5, 0, 3, dtype=torch.uint8)])
 def test_images_without_pixels(empty):
-    for words in (said(as_samples, [{"image": photo()}, {"image": empty}]), said(images_to_tensor, [photo(), empty], (6, 10), 3)):
+    for words in (
+        said(as_samples, [{"image": photo()}, {"image": empty}]),
+        said(images_to_tensor, [photo(), empty], (6, 10), 3),
+    ):
         assert "1 has 5×0 pixels" in words and "leave it out" in words
 
 
@@ -141,7 +176,8 @@ def test_values_that_are_not_eight_bit_are_not_cut_off(mode):
 
 
 def test_eight_bit_modes_still_become_rgb():
-    for mode in ("1", "L", "P", "RGB", "RGBA", "LA", "CMYK", "YCbCr"): assert to_rgb(Image.new(mode, (8, 8))).mode == "RGB"
+    for mode in ("1", "L", "P", "RGB", "RGBA", "LA", "CMYK", "YCbCr"):
+        assert to_rgb(Image.new(mode, (8, 8))).mode == "RGB"
 
 
 def test_sixteen_bits_and_truth_values_are_told_apart():
@@ -173,23 +209,34 @@ def test_arrays_that_a_data_set_would_ruin(array, words):
 
 @pytest.mark.parametrize("size", [(8,), (8, 8, 8), 0, -1, 2.5, "64", (8, 0), True, np.float32(8)])
 def test_sizes(size):
-    for f in (lambda: height_and_width(size), lambda: load_images("mnist_5k", size=size), lambda: images_to_tensor([photo()], size, 3),
-              lambda: load_mixture("mini", size=size), lambda: load_mixture("authors", size=size)):
+    for f in (
+        lambda: height_and_width(size),
+        lambda: load_images("mnist_5k", size=size),
+        lambda: images_to_tensor([photo()], size, 3),
+        lambda: load_mixture("mini", size=size),
+        lambda: load_mixture("authors", size=size),
+    ):
         words = said(f)
         assert f"size={size!r}" in words and "at least 1 pixel" in words and "(height, width)" in words
 
 
-def test_sizes_of_numpy(): assert height_and_width(np.int64(8)) == height_and_width((np.int32(8), 8)) == (8, 8)
+def test_sizes_of_numpy():
+    assert height_and_width(np.int64(8)) == height_and_width((np.int32(8), 8)) == (8, 8)
 
 
 def test_a_class_that_is_not_there():
-    data_set = Dataset.from_dict({"image": [photo()], "label": [0]}, features=Features({"image": ImageFeature(), "label": ClassLabel(names=["cat", "dog"])}))
+    data_set = Dataset.from_dict(
+        {"image": [photo()], "label": [0]},
+        features=Features({"image": ImageFeature(), "label": ClassLabel(names=["cat", "dog"])}))
     words = said(_draw, data_set, ("cat", "horse"), 1)
     assert "no class 'horse'" in words and "cat, dog" in words
 
 
 def test_labels_of_another_kind(tmp_path):
-    Dataset.from_dict({"image": [photo()], "label": ["seven"]}, features=Features({"image": ImageFeature(), "label": Value("string")})).to_parquet(tmp_path / "train.parquet")
+    Dataset.from_dict(
+        {"image": [photo()], "label": ["seven"]},
+        features=Features({"image": ImageFeature(), "label": Value("string")}),
+    ).to_parquet(tmp_path / "train.parquet")
     words = said(load_images, "mnist", source=tmp_path)
     assert "labels" in words and "0, 1, 2" in words and "seven" in words
 
@@ -198,14 +245,25 @@ def test_labels_of_another_kind(tmp_path):
 
 def test_column_digests_follow_names_and_not_images(digits):
     columns = {"label": digits["label"], "subset": [f"set {i % 3}" for i in range(len(digits))]}
-    plain = digits.select_columns("image").add_column("label", [str(x) for x in columns["label"]]).add_column("subset", columns["subset"])
+    plain = (
+        digits.select_columns("image")
+        .add_column("label", [str(x) for x in columns["label"]])
+        .add_column("subset", columns["subset"]))
     classes = digits.select_columns(["image", "label"]).add_column("subset", columns["subset"])
     found = column_digests(plain)
-    assert found == column_digests(classes) and set(found) == {"label", "subset"} and all(len(x) == 16 for x in found.values())
-    other = digits.select_columns("image").add_column("label", ["7", *[str(x) for x in columns["label"]][1:]]).add_column("subset", columns["subset"])
+    assert (
+        found == column_digests(classes)
+        and set(found) == {"label", "subset"}
+        and all(len(x) == 16 for x in found.values()))
+    other = (
+        digits.select_columns("image")
+        .add_column("label", ["7", *[str(x) for x in columns["label"]][1:]])
+        .add_column("subset", columns["subset"]))
     changed = column_digests(other)
     assert changed["label"] != found["label"] and changed["subset"] == found["subset"]
-    assert column_digests(other, 1) == column_digests(other.select([0])) and column_digests(other.select(range(1, 40))) == column_digests(plain.select(range(1, 40)))
+    assert column_digests(other, 1) == column_digests(other.select([0])) and column_digests(
+        other.select(range(1, 40))
+    ) == column_digests(plain.select(range(1, 40)))
     assert column_digests(digits.select_columns("image")) == {}
     assert "n=41" in said(column_digests, digits, 41)
 
@@ -213,7 +271,9 @@ def test_column_digests_follow_names_and_not_images(digits):
 def test_column_digests_read_no_image_and_know_missing_labels():
     features = Features({"image": ImageFeature(), "label": ClassLabel(names=["cat", "dog"])})
     rows = [{"bytes": b"no image", "path": None}] * 3
-    kinds = [Dataset.from_dict({"image": rows, "label": labels}, features=features) for labels in ([0, 1, None], [0, 1, -1], [0, 1, 1])]
+    kinds = [
+        Dataset.from_dict({"image": rows, "label": labels}, features=features)
+        for labels in ([0, 1, None], [0, 1, -1], [0, 1, 1])]
     assert len({column_digests(x)["label"] for x in kinds}) == 3
 
 
@@ -234,19 +294,31 @@ def test_a_mixtures_numbers_are_checked_before_anything_is_read(bad, words, monk
 
 
 def test_plans_and_noise_check_their_numbers():
-    for bad in (dict(seed=-1), dict(seed=1.), dict(train=float("nan")), dict(train=1), dict(train="x"), dict(rows=2.5)):
+    for bad in (
+        dict(seed=-1),
+        dict(seed=1.0),
+        dict(train=float("nan")),
+        dict(train=1),
+        dict(train="x"),
+        dict(rows=2.5),
+    ):
         assert f"{next(iter(bad))}=" in said(plan_mixture, **{"rows": 10} | bad)
     for seed in (-1, 1.5, (0, -1), "a"): assert "seed=" in said(add_noise, photo(), seed=seed)
     same = [add_noise(photo(), seed=s).tobytes() for s in (3, np.int64(3))]
-    assert same[0] == same[1] and (plan_mixture(10, seed=np.int64(3)).train == plan_mixture(10, seed=3).train).all()
+    assert (
+        same[0] == same[1]
+        and (plan_mixture(10, seed=np.int64(3)).train == plan_mixture(10, seed=3).train).all())
 
 
 def test_a_mixture_does_not_cut_off_values(tmp_path):
     folder = tmp_path / "a" / "b"
     folder.mkdir(parents=True)
-    Dataset.from_dict({"image": [photo(), Image.new("I;16", (4, 4), 40000)], "text": ["x", "y"]},
-                      features=Features({"image": ImageFeature(), "text": Value("string")})).to_parquet(folder / "train.parquet")
-    assert "row 1 of deep has mode I;16" in said(build_mixture, {"deep": Subset("a/b", "text", 2)}, source=tmp_path)
+    Dataset.from_dict(
+        {"image": [photo(), Image.new("I;16", (4, 4), 40000)], "text": ["x", "y"]},
+        features=Features({"image": ImageFeature(), "text": Value("string")}),
+    ).to_parquet(folder / "train.parquet")
+    assert "row 1 of deep has mode I;16" in said(
+        build_mixture, {"deep": Subset("a/b", "text", 2)}, source=tmp_path)
 
 
 # timesteps
@@ -258,7 +330,8 @@ def test_a_number_of_timesteps(pipe, n):
 
 
 def test_numbers_of_numpy_and_torch(pipe):
-    for n in (np.int64(4), torch.tensor(4)): assert select_timesteps(pipe.scheduler, n).tolist() == [0, 250, 500, 750]
+    for n in (np.int64(4), torch.tensor(4)):
+        assert select_timesteps(pipe.scheduler, n).tolist() == [0, 250, 500, 750]
 
 
 # HTML
@@ -284,10 +357,13 @@ def table(*names):
 
 
 PAGES = {
-    "strips": lambda: attribution_html([Strip(photo(), EVIL, [photo()], [f"{EVIL}\n{EVIL}"], EVIL)]), "table": lambda: Table([EVIL, EVIL], [[EVIL, EVIL]], EVIL, groups=[(EVIL, 2)], lead=EVIL)._repr_html_(),
-    "detection": lambda: table(EVIL)._repr_html_(), "LDS": lambda: LDSTable({EVIL: {EVIL: Interval(1., 0., 2.)}}, 3, 4)._repr_html_(),
-    "comparison": lambda: Comparison({EVIL: {EVIL: 1.}}, {EVIL: {EVIL: 2.}}, EVIL, EVIL)._repr_html_(),
-    "costs": lambda: CostTable({EVIL: Cost(1., 1., 1., 1, 1)})._repr_html_(), "noise": lambda: noise_table({EVIL: np.arange(4)}, [True, False, True, False], draws=3)._repr_html_()}
+    "strips": lambda: attribution_html([Strip(photo(), EVIL, [photo()], [f"{EVIL}\n{EVIL}"], EVIL)]),
+    "table": lambda: Table([EVIL, EVIL], [[EVIL, EVIL]], EVIL, groups=[(EVIL, 2)], lead=EVIL)._repr_html_(),
+    "detection": lambda: table(EVIL)._repr_html_(),
+    "LDS": lambda: LDSTable({EVIL: {EVIL: Interval(1.0, 0.0, 2.0)}}, 3, 4)._repr_html_(),
+    "comparison": lambda: Comparison({EVIL: {EVIL: 1.0}}, {EVIL: {EVIL: 2.0}}, EVIL, EVIL)._repr_html_(),
+    "costs": lambda: CostTable({EVIL: Cost(1.0, 1.0, 1.0, 1, 1)})._repr_html_(),
+    "noise": lambda: noise_table({EVIL: np.arange(4)}, [True, False, True, False], draws=3)._repr_html_()}
 
 
 @pytest.mark.parametrize("name", PAGES)

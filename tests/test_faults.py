@@ -1,4 +1,7 @@
-"""What a store, its index and its folder survive: other processes, other folders, flipped bits, forged files. Real files."""
+"""What a store, its index and its folder survive: other processes, other folders, flipped bits, forged files.
+
+Real files.
+"""
 import json
 import os
 import random
@@ -29,20 +32,36 @@ RECIPE = dict(v=64, timesteps=2, shard_size=4, progress=False)
 PYTHON = [sys.executable, "-c"]
 
 
-def contents(folder): return {p.name: p.read_bytes() for p in sorted(Path(folder).iterdir()) if not p.name.startswith(".")}
+def contents(folder):
+    return {p.name: p.read_bytes() for p in sorted(Path(folder).iterdir()) if not p.name.startswith(".")}
 
 
 @pytest.fixture
-def store(pipe, digits, tmp_path): return collect(pipe, digits.select(range(12)), tmp_path / "store", **RECIPE)
+def store(pipe, digits, tmp_path):
+    return collect(pipe, digits.select(range(12)), tmp_path / "store", **RECIPE)
 
 
 def synthetic(folder, n=8, shard_size=4, v=16, **more):
     """A store of random numbers, of `n` samples at two timesteps."""
-    store = Store.create(folder, Manifest("x", "y", 10**4, [0, 1], v, shard_size=shard_size, sample_ids=[f"{i:016x}" for i in range(n)], **more))
+    store = Store.create(
+        folder,
+        Manifest(
+            "x",
+            "y",
+            10**4,
+            [0, 1],
+            v,
+            shard_size=shard_size,
+            sample_ids=[f"{i:016x}" for i in range(n)],
+            **more))
     draw = torch.Generator().manual_seed(0)
     for i in range(0, n, shard_size):
         rows = range(i, min(n, i + shard_size))
-        store.write(rows, torch.randn(len(rows), 2, v, generator=draw), torch.ones(len(rows), 2), torch.ones(len(rows), 2))
+        store.write(
+            rows,
+            torch.randn(len(rows), 2, v, generator=draw),
+            torch.ones(len(rows), 2),
+            torch.ones(len(rows), 2))
     return store
 
 
@@ -66,7 +85,8 @@ def test_a_folder_that_was_replaced_is_not_written_to(store, pipe, digits, tmp_p
     shutil.move(store.folder, tmp_path / "moved")
     other = collect(pipe, digits.select(range(20, 32)), store.folder, **RECIPE)
     before = contents(other.folder)
-    with pytest.raises(ValueError, match="has changed since this store was opened.*open it again"): store.add(digits.select([13]), progress=False)
+    with pytest.raises(ValueError, match="has changed since this store was opened.*open it again"):
+        store.add(digits.select([13]), progress=False)
     (store.folder / "manifest.json").unlink()
     with pytest.raises((ValueError, FileNotFoundError)): store.add(digits.select([13]), progress=False)
     assert {k: x for k, x in before.items() if k != "manifest.json"} == contents(other.folder)
@@ -77,7 +97,8 @@ def test_two_adds_from_stores_that_were_opened_before(store, pipe, digits):
     a, b = (open_store(store.folder, pipe, digits.select(range(12))) for _ in range(2))
     a.add(digits.select([12, 13]), progress=False)
     before = contents(store.folder)
-    with pytest.raises(ValueError, match="has changed since.*12 samples|has changed since.*14 samples"): b.add(digits.select([20]), progress=False)
+    with pytest.raises(ValueError, match="has changed since.*12 samples|has changed since.*14 samples"):
+        b.add(digits.select([20]), progress=False)
     assert contents(store.folder) == before
     again = open_store(store.folder, pipe, digits.select(range(14)))
     assert again.add(digits.select([20]), progress=False).missing() == [] and len(Store(store.folder)) == 15
@@ -100,8 +121,14 @@ except ValueError as e: sys.exit(str(e))
 def test_two_adds_of_two_processes_lose_nothing(store, pipe, digits):
     """One adds, the other is told; the store opens, and holds the one's samples whole."""
     ranges = (("12", "18"), ("20", "26"))
-    both = [subprocess.Popen([*PYTHON, ADD, str(store.folder), str(Path(__file__).parent), *r], text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                             stderr=subprocess.PIPE) for r in ranges]
+    both = [
+        subprocess.Popen(
+            [*PYTHON, ADD, str(store.folder), str(Path(__file__).parent), *r],
+            text=True,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE)
+        for r in ranges]
     for p in both: assert p.stdout.readline() == "ready\n", p.stderr.read()
     for p in both: p.stdin.write("go\n"), p.stdin.flush()
     said = [p.communicate(timeout=600)[1] for p in both]
@@ -115,10 +142,21 @@ def test_two_adds_of_two_processes_lose_nothing(store, pipe, digits):
 
 def test_plain_collects_of_one_folder_at_once(pipe, digits, tmp_path):
     """As before: both succeed, with the bytes of one."""
-    script = ADD.split("store = open_store")[0] + "from dmin import collect\ncollect(make_pipeline(), digits.select(range(12)), sys.argv[1], v=64, timesteps=2, shard_size=2, progress=False).check_complete()"
-    both = [subprocess.Popen([*PYTHON, script, str(tmp_path / "two"), str(Path(__file__).parent)], stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    script = (
+        ADD.split("store = open_store")[0]
+        + "from dmin import collect\ncollect(make_pipeline(), digits.select(range(12)), sys.argv[1], v=64,"
+          " timesteps=2, shard_size=2, progress=False).check_complete()"
+    )
+    both = [
+        subprocess.Popen(
+            [*PYTHON, script, str(tmp_path / "two"), str(Path(__file__).parent)],
+            stderr=subprocess.PIPE,
+            text=True)
+        for _ in range(2)]
     assert [(p.communicate(timeout=600)[1], p.returncode)[1] for p in both] == [0, 0]
-    one = subprocess.run([*PYTHON, script, str(tmp_path / "one"), str(Path(__file__).parent)], capture_output=True, timeout=600)
+    one = subprocess.run(
+        [*PYTHON, script, str(tmp_path / "one"), str(Path(__file__).parent)], capture_output=True, timeout=600
+    )
     assert one.returncode == 0 and contents(tmp_path / "one") == contents(tmp_path / "two")
 
 
@@ -148,9 +186,13 @@ def let_others_in(folder):
 def test_a_missing_permission_is_no_damage(store, tmp_path):
     build_index(store, progress=False)
     let_others_in(store.folder)
-    for path, opened in ((store.folder / "shard-00000004.safetensors", Store), (next(store.folder.glob("index-*.hnsw")), lambda f: open_index(Store(f)))):
+    for path, opened in (
+        (store.folder / "shard-00000004.safetensors", Store),
+        (next(store.folder.glob("index-*.hnsw")), lambda f: open_index(Store(f))),
+    ):
         path.chmod(0o000)
-        with as_nobody(), pytest.raises(PermissionError, match="may not be read by this user"): opened(store.folder)
+        with as_nobody(), pytest.raises(PermissionError, match="may not be read by this user"):
+            opened(store.folder)
         path.chmod(0o644)
 
 
@@ -158,7 +200,8 @@ def test_a_folder_that_may_not_be_written(pipe, digits, tmp_path):
     let_others_in(tmp_path)
     ids = digits.select(range(4))
     (tmp_path / "locked").mkdir(), (tmp_path / "locked").chmod(0o555)
-    with as_nobody(), pytest.raises(PermissionError, match="could not write.*You may not write there"): collect(pipe, ids, tmp_path / "locked" / "store", **RECIPE)
+    with as_nobody(), pytest.raises(PermissionError, match="could not write.*You may not write there"):
+        collect(pipe, ids, tmp_path / "locked" / "store", **RECIPE)
     assert list((tmp_path / "locked").iterdir()) == []
 
 
@@ -202,17 +245,25 @@ def test_a_description_that_is_none(indexed, text):
 
 
 def test_an_index_of_another_store_of_the_same_recipe(indexed, tmp_path):
-    other = Store.create(tmp_path / "other", Manifest("x", "y", 10**4, [0, 1], 32, shard_size=10, sample_ids=[f"other {i}" for i in range(40)]))
-    for i in range(0, 40, 10): other.write(range(i, i + 10), torch.randn(10, 2, 32), torch.ones(10, 2), torch.ones(10, 2))
+    other = Store.create(
+        tmp_path / "other",
+        Manifest("x", "y", 10**4, [0, 1], 32, shard_size=10, sample_ids=[f"other {i}" for i in range(40)]))
+    for i in range(0, 40, 10):
+        other.write(range(i, i + 10), torch.randn(10, 2, 32), torch.ones(10, 2), torch.ones(10, 2))
     for path in indexed.folder.glob("index*"): shutil.copy(path, other.folder)
     with pytest.raises(ValueError, match="another store's"): open_index(other)
 
 
 def test_an_index_and_its_description_are_one_unit(indexed, monkeypatch):
-    """Killed between the graph and the description, the old index still stands; the next build removes what was left."""
+    """Killed between the graph and the description, the old index still stands; the next build removes what
+    was left.
+    """
     queries = Gradients(torch.randn(2, 2, 32), torch.ones(2, 2), torch.ones(2, 2))
     before, write = open_index(indexed).search(queries, 5).rows, write_atomically
-    monkeypatch.setattr("dmin.core.index.write_atomically", lambda path, f: write(path, f) if path.suffix == ".hnsw" else (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(
+        "dmin.core.index.write_atomically",
+        lambda path, f: (
+            write(path, f) if path.suffix == ".hnsw" else (_ for _ in ()).throw(KeyboardInterrupt)))
     with pytest.raises(KeyboardInterrupt): build_index(indexed, M=4, progress=False)
     monkeypatch.undo()
     assert len(list(indexed.folder.glob("index-*.hnsw"))) == 2
@@ -223,10 +274,12 @@ def test_an_index_and_its_description_are_one_unit(indexed, monkeypatch):
 
 def test_full_disk_while_indexing(indexed, monkeypatch):
     before = contents(indexed.folder)
-    monkeypatch.setattr("hnswlib.Index.save_index", lambda self, path: Path(path).write_bytes(b"half"), raising=False)
+    monkeypatch.setattr(
+        "hnswlib.Index.save_index", lambda self, path: Path(path).write_bytes(b"half"), raising=False)
     monkeypatch.setattr("dmin.core.index._checksum", lambda path: pytest.fail("a half graph was kept"))
     try:
-        with pytest.raises(OSError, match="not written whole.*Is the disk full"): build_index(indexed, progress=False)
+        with pytest.raises(OSError, match="not written whole.*Is the disk full"):
+            build_index(indexed, progress=False)
     except TypeError: pytest.skip("hnswlib's class cannot be patched")
     assert contents(indexed.folder) == before
 
@@ -277,9 +330,17 @@ def test_what_is_written_is_checked(tmp_path):
     store = Store.create(tmp_path / "s", Manifest("x", "y", 10**4, [0, 1], 16, sample_ids=["a", "b", "c"]))
     c, one = torch.randn(2, 2, 16), torch.ones(2, 2)
     bad = c.clone(); bad[1, 0, 3] = float("nan")
-    for args, said in [(([0, 1], c[..., :8], one, one), r"compressed of shape \(2, 2, 8\): expected \(2, 2, 16\)"), (([0, 0], c, one, one), r"rows \[0, 0\]: distinct"),
-                       (([0, 3], c, one, one), "0 to 2"), (([-1, 0], c, one, one), "0 to 2"), (([0, 1], bad, one, one), "compressed of row 1"), (([], c[:0], one[:0], one[:0]), "distinct"),
-                       (([0, 1], c, one * 0, one), "norm of row 0"), (([0, 1], c, one, one[:, :1]), "losses of shape"), (([0, 1], c, one, one / 0), "losses of row 0")]:
+    for args, said in [
+        (([0, 1], c[..., :8], one, one), r"compressed of shape \(2, 2, 8\): expected \(2, 2, 16\)"),
+        (([0, 0], c, one, one), r"rows \[0, 0\]: distinct"),
+        (([0, 3], c, one, one), "0 to 2"),
+        (([-1, 0], c, one, one), "0 to 2"),
+        (([0, 1], bad, one, one), "compressed of row 1"),
+        (([], c[:0], one[:0], one[:0]), "distinct"),
+        (([0, 1], c, one * 0, one), "norm of row 0"),
+        (([0, 1], c, one, one[:, :1]), "losses of shape"),
+        (([0, 1], c, one, one / 0), "losses of row 0"),
+    ]:
         with pytest.raises(ValueError, match=said): store.write(*args)
     assert [p.name for p in store.folder.iterdir() if not p.name.startswith(".")] == ["manifest.json"]
     store.write([0, 1], c, one, one)
@@ -303,9 +364,11 @@ def test_a_recipes_fingerprint_does_not_read_the_ids():
 
 
 def test_writing_a_shard_does_not_read_the_manifest(tmp_path, monkeypatch):
-    store = Store.create(tmp_path / "s", Manifest("x", "y", 10**4, [0, 1], 16, sample_ids=[f"{i}" for i in range(8)]))
+    store = Store.create(
+        tmp_path / "s", Manifest("x", "y", 10**4, [0, 1], 16, sample_ids=[f"{i}" for i in range(8)]))
     monkeypatch.setattr("dmin.core.shards.read_manifest", lambda folder: pytest.fail("the manifest was read"))
-    for i in range(0, 8, 2): store.write([i, i + 1], torch.randn(2, 2, 16), torch.ones(2, 2), torch.ones(2, 2))
+    for i in range(0, 8, 2):
+        store.write([i, i + 1], torch.randn(2, 2, 16), torch.ones(2, 2), torch.ones(2, 2))
     assert store.missing() == []
 
 
@@ -317,19 +380,30 @@ def test_more_shards_than_may_be_mapped(tmp_path, monkeypatch):
     monkeypatch.setattr("dmin.core.shards.OPEN_SHARDS", 7)
     few = Store(store.folder)
     for _ in range(2):
-        assert torch.equal(few.vectors(), everything) and torch.equal(few.influence(one).values, scores) and len(few._files.mapped) <= 7
+        assert (
+            torch.equal(few.vectors(), everything)
+            and torch.equal(few.influence(one).values, scores)
+            and len(few._files.mapped) <= 7)
     del store
     if Path("/proc/self/maps").exists():
         import gc
         gc.collect()
-        assert len({line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if str(few.folder) in line}) <= 8
+        assert (
+            len(
+                {
+                    line.split()[-1]
+                    for line in Path("/proc/self/maps").read_text().splitlines()
+                    if str(few.folder) in line})
+            <= 8)
 
 
 def test_opening_and_closing_does_not_grow(tmp_path):
     folder = synthetic(tmp_path / "s", 100, 1).folder
-    script = ("import gc, os, sys\nfrom dmin.core.store import Store\n"
-              "def size(): gc.collect(); return len(os.listdir('/proc/self/fd')), len(open('/proc/self/maps').readlines())\n"
-              "for i in range(6):\n    Store(sys.argv[1])\n    if i == 2: first = size()\nprint(*first, *size())")
+    script = (
+        "import gc, os, sys\nfrom dmin.core.store import Store\n"
+        "def size(): gc.collect(); return len(os.listdir('/proc/self/fd')),"
+        " len(open('/proc/self/maps').readlines())\n"
+        "for i in range(6):\n    Store(sys.argv[1])\n    if i == 2: first = size()\nprint(*first, *size())")
     if not Path("/proc/self/fd").exists(): pytest.skip("needs /proc")
     run = subprocess.run([*PYTHON, script, str(folder)], capture_output=True, text=True, timeout=600)
     files, maps, files_then, maps_then = map(int, run.stdout.split())
@@ -340,12 +414,28 @@ def test_opening_and_closing_does_not_grow(tmp_path):
 
 def test_leftovers_and_other_peoples_files(pipe, digits, tmp_path):
     collect(pipe, digits.select(range(8)), tmp_path / "s", **RECIPE)
-    names = [".~lock.shard.tmp", ".nfs0001.tmp", ".shard.tmp", ".x.y.z.tmp", "shard-notes.tmp", ".shard-00000000.safetensors.0011.tmp"]
-    for name in names: (tmp_path / "s" / name).write_bytes(b"theirs"), os.utime(tmp_path / "s" / name, (0, 0)) if name[-8:] != "0011.tmp" else None
-    for name in (".shard-00000000.safetensors.00112233aabbccdd.tmp", ".index-00112233aabbccdd.hnsw.00112233aabbccdd.tmp", ".manifest.json.4711.tmp", ".tmpA1b2C3"):
+    names = [
+        ".~lock.shard.tmp",
+        ".nfs0001.tmp",
+        ".shard.tmp",
+        ".x.y.z.tmp",
+        "shard-notes.tmp",
+        ".shard-00000000.safetensors.0011.tmp"]
+    for name in names:
+        (
+            (tmp_path / "s" / name).write_bytes(b"theirs"),
+            os.utime(tmp_path / "s" / name, (0, 0)) if name[-8:] != "0011.tmp" else None)
+    for name in (
+        ".shard-00000000.safetensors.00112233aabbccdd.tmp",
+        ".index-00112233aabbccdd.hnsw.00112233aabbccdd.tmp",
+        ".manifest.json.4711.tmp",
+        ".tmpA1b2C3",
+    ):
         (tmp_path / "s" / name).write_bytes(b"ours"), os.utime(tmp_path / "s" / name, (0, 0))
     store = collect(pipe, digits.select(range(8)), tmp_path / "s", **RECIPE)
-    assert sorted(p.name for p in store.folder.iterdir() if p.name.startswith(".") or p.suffix == ".tmp") == sorted([*names])
+    assert sorted(
+        p.name for p in store.folder.iterdir() if p.name.startswith(".") or p.suffix == ".tmp"
+    ) == sorted([*names])
 
 
 KILLED = """
@@ -384,13 +474,15 @@ def test_temporary_names_are_nobody_elses(tmp_path):
 
 def test_a_store_without_a_sample_makes_room(pipe, digits, tmp_path, monkeypatch):
     """Out of memory at the first batch, then fewer timesteps."""
-    monkeypatch.setattr(sys.modules["dmin.core.store"], "compute", lambda *a, **k: (_ for _ in ()).throw(MemoryError))
+    monkeypatch.setattr(
+        sys.modules["dmin.core.store"], "compute", lambda *a, **k: (_ for _ in ()).throw(MemoryError))
     with pytest.raises(MemoryError): collect(pipe, digits.select(range(4)), tmp_path / "s", **RECIPE)
     monkeypatch.undo()
     assert Store(tmp_path / "s").missing() == [0, 1, 2, 3]
     store = collect(pipe, digits.select(range(4)), tmp_path / "s", **RECIPE | {"timesteps": 1})
     assert store.missing() == [] and len(store.manifest.timesteps) == 1
-    with pytest.raises(ValueError, match="another recipe"): collect(pipe, digits.select(range(4)), tmp_path / "s", **RECIPE)
+    with pytest.raises(ValueError, match="another recipe"):
+        collect(pipe, digits.select(range(4)), tmp_path / "s", **RECIPE)
 
 
 def test_discarding_an_interrupted_add(store, digits, monkeypatch):
@@ -398,13 +490,17 @@ def test_discarding_an_interrupted_add(store, digits, monkeypatch):
     query, scores = digits.select([3]), store.influence(digits.select([3])).values
     write, done = Store.write, []
     def stops(self, rows, *rest):
-        if done: raise KeyboardInterrupt
+        if done:
+            raise KeyboardInterrupt
         done.append(rows), write(self, rows, *rest)
     monkeypatch.setattr(Store, "write", stops)
     with pytest.raises(KeyboardInterrupt): store.add(digits.select(range(12, 22)), progress=False)
     monkeypatch.undo()
     again = open_store(store.folder, store.objective)
-    with pytest.raises(ValueError, match=r"16 of 22 samples.*row 16.*discard_missing\(\), which keeps the first 16"): again.influence(query)
+    with pytest.raises(
+        ValueError, match=r"16 of 22 samples.*row 16.*discard_missing\(\), which keeps the first 16"
+    ):
+        again.influence(query)
     assert again.discard_missing() is again and len(again) == len(Store(store.folder)) == 16
     assert torch.equal(again.influence(query).values[:, :12], scores)
     whole = open_store(store.folder, store.objective, digits.select(range(16)))
@@ -412,20 +508,29 @@ def test_discarding_an_interrupted_add(store, digits, monkeypatch):
 
 
 def test_discarding_leaves_whole_what_was_before(tmp_path):
-    """Also where a shard holds rows on both sides of the first missing one, and where nothing would be left."""
-    store = Store.create(tmp_path / "s", Manifest("x", "y", 10**4, [0, 1], 16, dtype="int8", sample_ids=[f"{i}" for i in range(9)]))
+    """Also where a shard holds rows on both sides of the first missing one, and where nothing would be left.
+
+    """
+    store = Store.create(
+        tmp_path / "s",
+        Manifest("x", "y", 10**4, [0, 1], 16, dtype="int8", sample_ids=[f"{i}" for i in range(9)]))
     draw = torch.randn(9, 2, 16)
     for rows in ([0, 5], [1, 2], [7, 8]): store.write(rows, draw[rows], torch.ones(2, 2), torch.ones(2, 2))
     before = store.vectors([0, 1, 2])
     store.discard_missing()
     assert len(store) == len(Store(store.folder)) == 3 and torch.equal(Store(store.folder).vectors(), before)
-    assert sorted(p.name for p in store.folder.glob("shard*")) == ["shard-00000000.safetensors", "shard-00000001.safetensors"]
+    assert sorted(p.name for p in store.folder.glob("shard*")) == [
+        "shard-00000000.safetensors",
+        "shard-00000001.safetensors"]
     none = Store.create(tmp_path / "none", Manifest("x", "y", 10**4, [0, 1], 16, sample_ids=["a"]))
     with pytest.raises(ValueError, match="none of its first samples"): none.discard_missing()
 
 
 def test_samples_that_are_there_already(store, digits):
-    with pytest.warns(UserWarning, match="1 of 2 new samples, such as new sample 1, are in the store already.*duplicates='skip'"):
+    with pytest.warns(
+        UserWarning,
+        match="1 of 2 new samples, such as new sample 1, are in the store already.*duplicates='skip'",
+    ):
         store.add(digits.select([12, 3]), progress=False)
     assert len(store) == 14
     with warnings.catch_warnings():
@@ -433,17 +538,22 @@ def test_samples_that_are_there_already(store, digits):
         assert len(store.add(digits.select([13, 3, 12]), progress=False, duplicates="skip")) == 15
         assert len(store.add(digits.select([3, 12]), progress=False, duplicates="skip")) == 15
     assert len(store.samples) == 15 and store.missing() == []
-    with pytest.raises(ValueError, match="duplicates='drop'"): store.add(digits.select([1]), duplicates="drop")
+    with pytest.raises(ValueError, match="duplicates='drop'"):
+        store.add(digits.select([1]), duplicates="drop")
 
 
 def test_classes_of_new_samples(store, digits):
     image = digits[20]["image"]
     for bad in (10, -2, "ten"):
-        with pytest.raises(ValueError, match=f"label={bad!r} of new sample 0 is no class.*choose 0 to 9"): store.add([{"image": image, "label": bad}], progress=False)
-    other = Dataset.from_dict({"image": [image], "label": [0]}, Features({"image": digits.features["image"], "label": ClassLabel(names=["9", "8"])}))
+        with pytest.raises(ValueError, match=f"label={bad!r} of new sample 0 is no class.*choose 0 to 9"):
+            store.add([{"image": image, "label": bad}], progress=False)
+    other = Dataset.from_dict(
+        {"image": [image], "label": [0]},
+        Features({"image": digits.features["image"], "label": ClassLabel(names=["9", "8"])}))
     store.add(other, progress=False)
     assert store.samples[-1]["label"] == 9   # class 0 there is called 9
-    with pytest.raises(ValueError, match="label='x'"): store.add(other.cast_column("label", ClassLabel(names=["x", "y"])), progress=False)
+    with pytest.raises(ValueError, match="label='x'"):
+        store.add(other.cast_column("label", ClassLabel(names=["x", "y"])), progress=False)
 
 
 def test_labels_that_changed_are_noticed(store, pipe, digits):
@@ -454,8 +564,13 @@ def test_labels_that_changed_are_noticed(store, pipe, digits):
         store.add(digits.select([12]), progress=False)
         open_store(store.folder, pipe, digits.select(range(13)))
     labels = [(x + 1) % 10 for x in digits["label"][:13]]
-    renamed = digits.select(range(13)).remove_columns("label").add_column("label", labels).cast_column("label", digits.features["label"])
-    with pytest.warns(UserWarning, match="label of the samples are not what they were"): open_store(store.folder, pipe, renamed)
+    renamed = (
+        digits.select(range(13))
+        .remove_columns("label")
+        .add_column("label", labels)
+        .cast_column("label", digits.features["label"]))
+    with pytest.warns(UserWarning, match="label of the samples are not what they were"):
+        open_store(store.folder, pipe, renamed)
     other = digits.select(range(13)).cast_column("label", ClassLabel(names=list("abcdefghij")))
     with pytest.warns(UserWarning, match="label of the samples"): collect(pipe, other, store.folder, **RECIPE)
 
@@ -463,14 +578,21 @@ def test_labels_that_changed_are_noticed(store, pipe, digits):
 # noise, encoding, broken models
 
 def test_noises_are_split_over_passes(pipe, digits):
-    """No pass has more rows than `batch_size`, no more noise is drawn at a time, and the gradient is that of all at once."""
+    """No pass has more rows than `batch_size`, no more noise is drawn at a time, and the gradient is that of
+    all at once.
+    """
     objective, rows = make_objective(pipe), digits.select(range(2))
     draw, loss, drawn, passes = objective.draw_noise, objective.loss, [], []
-    objective.draw_noise = lambda t, seed=0, noises=1: (drawn.append(len(noises) * len(t)), draw(t, seed, noises))[1]
+    objective.draw_noise = lambda t, seed=0, noises=1: (
+        drawn.append(len(noises) * len(t)),
+        draw(t, seed, noises),
+    )[1]
     objective.loss = lambda encoded, t, eps: (passes.append(len(t)), loss(encoded, t, eps))[1]
-    found = sample_gradients(objective, rows, torch.tensor([10, 500]), Compressor(64), noises=11, batch_size=4, verify=True)
+    found = sample_gradients(
+        objective, rows, torch.tensor([10, 500]), Compressor(64), noises=11, batch_size=4, verify=True)
     assert max(drawn) <= 4 and max(passes) <= 4
-    at_once = sample_gradients(make_objective(pipe), rows, torch.tensor([10, 500]), Compressor(64), noises=11, batch_size=64)
+    at_once = sample_gradients(
+        make_objective(pipe), rows, torch.tensor([10, 500]), Compressor(64), noises=11, batch_size=64)
     for a, b in zip(found[:3], at_once[:3]): assert (a - b).norm() / b.norm() < 1e-5
 
 
@@ -488,7 +610,8 @@ def test_an_encoder_without_no_grad(pipe, digits, tmp_path):
 def test_weights_that_are_not_a_number(digits, tmp_path):
     pipe = make_pipeline()
     with torch.no_grad(): pipe.unet.conv_in.weight[0] = float("nan")
-    with pytest.raises(FloatingPointError, match="loss of sample 0 at timestep 0 is nan"): collect(pipe, digits.select(range(2)), tmp_path / "s", **RECIPE)
+    with pytest.raises(FloatingPointError, match="loss of sample 0 at timestep 0 is nan"):
+        collect(pipe, digits.select(range(2)), tmp_path / "s", **RECIPE)
 
 
 def test_a_cached_query_is_kept_for_the_same_images_only(store, digits):
@@ -499,16 +622,26 @@ def test_a_cached_query_is_kept_for_the_same_images_only(store, digits):
 
 def test_checksums_tell_names_shapes_and_types_apart():
     x = torch.arange(6, dtype=torch.int32)
-    found = [checksum(t) for t in ({"a": x}, {"b": x}, {"a": x.view(2, 3)}, {"a": x.view(torch.float32)}, {"a": x + 1})]
+    found = [
+        checksum(t)
+        for t in ({"a": x}, {"b": x}, {"a": x.view(2, 3)}, {"a": x.view(torch.float32)}, {"a": x + 1})]
     assert len({*found}) == 5
 
 
 def test_html_is_escaped(store, tmp_path):
     evil = "<script>alert(1)</script><img src=x onerror=alert(2)>"
-    rows = Dataset.from_dict({"image": [Image.fromarray(np.full((8, 8), i, dtype=np.uint8)) for i in range(4)], "prompt": [evil] * 4, "subset": [evil] * 4})
+    rows = Dataset.from_dict(
+        {
+            "image": [Image.fromarray(np.full((8, 8), i, dtype=np.uint8)) for i in range(4)],
+            "prompt": [evil] * 4,
+            "subset": [evil] * 4})
     s = collect(make_pipeline(), rows, tmp_path / "evil", **RECIPE)
     scores = s.influence(rows.select([0]))
-    for page in (scores._repr_html_(), (scores.top(2) + scores.bottom(2))._repr_html_(), Store(s.folder).influence(s.gradients(rows.select([0]))).top(2)._repr_html_()):
+    for page in (
+        scores._repr_html_(),
+        (scores.top(2) + scores.bottom(2))._repr_html_(),
+        Store(s.folder).influence(s.gradients(rows.select([0]))).top(2)._repr_html_(),
+    ):
         assert "<script" not in page and "<img src=x" not in page
 
 

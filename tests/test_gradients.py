@@ -1,4 +1,6 @@
-"""Per-sample gradients against one-by-one autograd and against torch.func, on the layers that real networks are made of."""
+"""Per-sample gradients against one-by-one autograd and against torch.func, on the layers that real networks
+are made of.
+"""
 import pytest
 import torch
 from conftest import make_pipeline, make_unet, one_by_one
@@ -12,14 +14,20 @@ from dmin.core.registry import make_objective
 
 UNETS = {
     "usual": {},
-    "attention everywhere": dict(down_block_types=("AttnDownBlock2D",) * 2, up_block_types=("AttnUpBlock2D",) * 2),
-    "residual down- and upsampling": dict(downsample_type="resnet", upsample_type="resnet", layers_per_block=2),
+    "attention everywhere": dict(
+        down_block_types=("AttnDownBlock2D",) * 2, up_block_types=("AttnUpBlock2D",) * 2),
+    "residual down- and upsampling": dict(
+        downsample_type="resnet", upsample_type="resnet", layers_per_block=2),
     "scale and shift": dict(resnet_time_scale_shift="scale_shift"),
-    "skip": dict(down_block_types=("SkipDownBlock2D", "AttnSkipDownBlock2D"), up_block_types=("AttnSkipUpBlock2D", "SkipUpBlock2D"), block_out_channels=(32, 32), in_channels=3, out_channels=3),
+    "skip": dict(
+        down_block_types=("SkipDownBlock2D", "AttnSkipDownBlock2D"),
+        up_block_types=("AttnSkipUpBlock2D", "SkipUpBlock2D"),
+        block_out_channels=(32, 32),
+        in_channels=3,
+        out_channels=3),
     "fourier time, no mid attention": dict(time_embedding_type="fourier", add_attention=False),
     "learned time": dict(time_embedding_type="learned", num_train_timesteps=1000),
-    "padding on one side, dropout": dict(downsample_padding=0, dropout=.3),
-}
+    "padding on one side, dropout": dict(downsample_padding=0, dropout=0.3)}
 
 
 @pytest.mark.parametrize("name", UNETS)
@@ -31,12 +39,15 @@ def test_every_layer_of_unet2d(name):
     parameters = {n: p for n, p in unet.named_parameters() if p.requires_grad}
     def loss(i=slice(None)): return (unet(x[i], t[i]).sample - target[i]).square().flatten(1).mean(1)
     truth = one_by_one(parameters, lambda i: loss(slice(i, i + 1)).sum(), 3)
-    with PerSampleGradients(unet, parameters, NoCompression(truth.shape[1])) as g: found, norms, losses = g(loss, 3)
+    with PerSampleGradients(unet, parameters, NoCompression(truth.shape[1])) as g:
+        found, norms, losses = g(loss, 3)
     assert torch.allclose(losses, loss().detach()) and torch.allclose(norms, truth.norm(dim=1), rtol=1e-4)
     start = 0
-    for n, p in parameters.items():   # layer by layer, so that a wrong bias does not hide behind large kernels
+    # layer by layer, so that a wrong bias does not hide behind large kernels
+    for n, p in parameters.items():
         part = slice(start, start + p.numel())
-        scale = truth[:, part].norm().clamp(min=1e-4 * truth.norm())   # a key's bias has no gradient at all, only rounding
+        # a key's bias has no gradient at all, only rounding
+        scale = truth[:, part].norm().clamp(min=1e-4 * truth.norm())
         assert (found[:, part] - truth[:, part]).norm() / scale < 1e-4, n
         start += p.numel()
     assert (found - truth).norm() / truth.norm() < 1e-5
@@ -46,8 +57,10 @@ def test_against_torch_func(pipe):
     """An independent implementation: vmap of grad over the whole network."""
     unet = pipe.unet.eval()
     x, t, target = torch.randn(4, 1, 8, 8), torch.tensor([0, 10, 500, 900]), torch.randn(4, 1, 8, 8)
-    def one(w, x, t, y): return (torch.func.functional_call(unet, w, (x[None], t[None])).sample[0] - y).square().mean()
-    truth = torch.func.vmap(torch.func.grad(one), (None, 0, 0, 0))({n: p.detach() for n, p in unet.named_parameters()}, x, t, target)
+    def one(w, x, t, y):
+        return (torch.func.functional_call(unet, w, (x[None], t[None])).sample[0] - y).square().mean()
+    truth = torch.func.vmap(torch.func.grad(one), (None, 0, 0, 0))(
+        {n: p.detach() for n, p in unet.named_parameters()}, x, t, target)
     squares = sum(g.flatten(1).square().sum(1) for g in truth.values())
     parameters = dict(unet.named_parameters())
     with PerSampleGradients(unet, parameters, Compressor(64)) as g:
@@ -59,7 +72,8 @@ def test_rules_and_generic_path_agree(pipe, monkeypatch):
     unet, x, t = pipe.unet.eval(), torch.randn(4, 1, 8, 8), torch.tensor([0, 10, 500, 900])
     parameters = dict(unet.named_parameters())
     def run():
-        with PerSampleGradients(unet, parameters, Compressor(512, 3)) as g: return g(lambda: unet(x, t).sample.square().flatten(1).mean(1), 4)[0]
+        with PerSampleGradients(unet, parameters, Compressor(512, 3)) as g:
+            return g(lambda: unet(x, t).sample.square().flatten(1).mean(1), 4)[0]
     fast = run()
     monkeypatch.setattr("dmin.core.gradients.RULES", {})
     generic = run()
@@ -101,9 +115,14 @@ def test_prediction_types_and_ddim(kind, digits):
     z0, eps = objective.encode(digits[:2])["z0"], draw_noise(objective.shape, t)[0]
     alpha = DDPMScheduler().alphas_cumprod[100]
     zt = alpha.sqrt() * z0 + (1 - alpha).sqrt() * eps
-    wanted = {"epsilon": eps.expand_as(z0), "sample": z0, "v_prediction": alpha.sqrt() * eps - (1 - alpha).sqrt() * z0}[kind]
+    wanted = {
+        "epsilon": eps.expand_as(z0),
+        "sample": z0,
+        "v_prediction": alpha.sqrt() * eps - (1 - alpha).sqrt() * z0,
+    }[kind]
     by_hand = (pipe.unet(zt, t).sample - wanted).square().flatten(1).mean(1)
-    assert torch.allclose(objective.loss({"z0": z0}, t.expand(2), eps.expand(2, -1, -1, -1)), by_hand, rtol=1e-4)
+    assert torch.allclose(
+        objective.loss({"z0": z0}, t.expand(2), eps.expand(2, -1, -1, -1)), by_hand, rtol=1e-4)
 
 
 class Fancy(nn.Module):
@@ -125,21 +144,28 @@ def test_unusual_modules():
     parameters = {n: p for n, p in model.named_parameters() if "scale" not in n}
     def loss(i=slice(None)): return model(x[i]).square().flatten(1).sum(1)
     truth = one_by_one(parameters, lambda i: loss(slice(i, i + 1)).sum(), 5)
-    with PerSampleGradients(model, parameters, NoCompression(truth.shape[1])) as g: found, norms, _ = g(loss, 5)
-    assert (found - truth).norm() / truth.norm() < 1e-5 and torch.allclose(norms, truth.norm(dim=1), rtol=1e-4)
+    with PerSampleGradients(model, parameters, NoCompression(truth.shape[1])) as g:
+        found, norms, _ = g(loss, 5)
+    assert (found - truth).norm() / truth.norm() < 1e-5 and torch.allclose(
+        norms, truth.norm(dim=1), rtol=1e-4)
 
 
 def test_model_is_left_as_it_was(pipe):
     pipe.unet.train()
     pipe.unet.conv_in.requires_grad_(False)
     with pytest.raises(ZeroDivisionError):
-        with PerSampleGradients(pipe.unet, dict(pipe.unet.named_parameters()), Compressor(8)) as g: g(lambda: 1 / 0, 1)
-    assert pipe.unet.training and not pipe.unet.conv_in.weight.requires_grad and pipe.unet.conv_out.weight.requires_grad
+        with PerSampleGradients(pipe.unet, dict(pipe.unet.named_parameters()), Compressor(8)) as g:
+            g(lambda: 1 / 0, 1)
+    assert (
+        pipe.unet.training
+        and not pipe.unet.conv_in.weight.requires_grad
+        and pipe.unet.conv_out.weight.requires_grad)
     assert not any(m._forward_hooks for m in pipe.unet.modules())
 
 
 def test_half_precision_model(digits):
-    exact = sample_gradients(make_objective(make_pipeline()), digits.select([0, 1]), torch.tensor([100]), Compressor(512))
+    exact = sample_gradients(
+        make_objective(make_pipeline()), digits.select([0, 1]), torch.tensor([100]), Compressor(512))
     half = make_pipeline()
     half.unet.to(torch.bfloat16)
     objective = make_objective(half)
@@ -153,7 +179,10 @@ def test_rows_that_are_not_the_batch_are_refused():
         def __init__(self): super().__init__(); self.inner = nn.Linear(6, 6)
         def forward(self, x): return self.inner(torch.cat([x, x.mean(0, keepdim=True)]))[:-1]
     model = Mixes()
-    with PerSampleGradients(model, dict(model.named_parameters()), NoCompression(42)) as g, pytest.raises(RuntimeError, match="inner works on 6 rows"):
+    with (
+        PerSampleGradients(model, dict(model.named_parameters()), NoCompression(42)) as g,
+        pytest.raises(RuntimeError, match="inner works on 6 rows"),
+    ):
         g(lambda: model(torch.ones(5, 6)).sum(1), 5)
 
 
@@ -189,7 +218,10 @@ def test_what_no_rule_sees_is_noticed(kind):
     """Five samples and five positions: the table's rows look like samples."""
     torch.manual_seed(0)
     model, x = kind(), torch.randn(5, 5, 6)
-    with PerSampleGradients(model, dict(model.named_parameters()), Compressor(64)) as g, pytest.raises(RuntimeError, match="do not add up"):
+    with (
+        PerSampleGradients(model, dict(model.named_parameters()), Compressor(64)) as g,
+        pytest.raises(RuntimeError, match="do not add up"),
+    ):
         def loss(): return model(x).square().flatten(1).sum(1)
         g.verify(loss, 5, *g(loss, 5)[:2])
 
@@ -197,7 +229,9 @@ def test_what_no_rule_sees_is_noticed(kind):
 def test_collecting_inside_no_grad_and_inference_mode(pipe, digits):
     objective, t = make_objective(pipe), torch.tensor([100])
     usual = sample_gradients(objective, digits.select([0]), t, Compressor(64)).compressed
-    with torch.no_grad(): assert torch.equal(sample_gradients(objective, digits.select([0]), t, Compressor(64)).compressed, usual)
+    with torch.no_grad():
+        assert torch.equal(
+            sample_gradients(objective, digits.select([0]), t, Compressor(64)).compressed, usual)
 
 
 def test_shapes_at_their_smallest_and_colour(digits):
@@ -207,5 +241,11 @@ def test_shapes_at_their_smallest_and_colour(digits):
     from dmin.core.images import as_samples
     for samples in (images[:1], images):
         for noises in (1, 3):
-            found = sample_gradients(make_objective(pipe), as_samples(samples), torch.tensor([999]), Compressor(1), noises=noises, batch_size=1)
+            found = sample_gradients(
+                make_objective(pipe),
+                as_samples(samples),
+                torch.tensor([999]),
+                Compressor(1),
+                noises=noises,
+                batch_size=1)
             assert found.compressed.shape == (len(samples), 1, 1) and found.norms.min() > 0

@@ -15,7 +15,14 @@ from dmin.core.store import Store
 @pytest.fixture(scope="module")
 def store(digits, tmp_path_factory):
     from conftest import make_pipeline
-    return collect(make_pipeline(), digits, tmp_path_factory.mktemp("influence") / "store", v=512, timesteps=3, shard_size=7, progress=False)
+    return collect(
+        make_pipeline(),
+        digits,
+        tmp_path_factory.mktemp("influence") / "store",
+        v=512,
+        timesteps=3,
+        shard_size=7,
+        progress=False)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "int8"])
@@ -31,16 +38,29 @@ def test_exact_against_brute_force(pipe, digits, tmp_path, dtype, normalise):
             for t in range(3):
                 c = (g.compressed[q, t].double() / g.norms[q, t].double()).numpy() @ stored[i, t]
                 wanted[q, i] += c if normalise else c * norms[i, t] * g.norms[q, t].item()
-    assert np.allclose(store.influence(queries, normalise=normalise, scale=2.).values.numpy(), 2 * wanted, rtol=1e-4, atol=1e-4 * np.abs(wanted).max())
+    assert np.allclose(
+        store.influence(queries, normalise=normalise, scale=2.0).values.numpy(),
+        2 * wanted,
+        rtol=1e-4,
+        atol=1e-4 * np.abs(wanted).max())
 
 
 def test_compressed_scores_estimate_the_uncompressed(pipe, digits, tmp_path):
-    """Without compression the scores are cosines; with it they are those, give or take the predicted error."""
+    """Without compression the scores are cosines; with it they are those, give or take the predicted error.
+
+    """
     from dmin.core.compression import standard_error
     queries = digits.select([1, 2])
-    exact = collect(pipe, digits, tmp_path / "exact", v=None, timesteps=3, dtype="float32", progress=False).influence(queries).per_timestep
+    exact = (
+        collect(pipe, digits, tmp_path / "exact", v=None, timesteps=3, dtype="float32", progress=False)
+        .influence(queries)
+        .per_timestep)
     d = sum(p.numel() for p in pipe.unet.parameters())
-    noise = collect(pipe, digits, tmp_path / "c", v=512, timesteps=3, dtype="float32", progress=False).influence(queries).per_timestep - exact
+    noise = (
+        collect(pipe, digits, tmp_path / "c", v=512, timesteps=3, dtype="float32", progress=False)
+        .influence(queries)
+        .per_timestep
+        - exact)
     assert exact.abs().max() <= 1 + 1e-5
     assert noise.std() < 2 * standard_error(512, d, inner=1.)
 
@@ -48,13 +68,23 @@ def test_compressed_scores_estimate_the_uncompressed(pipe, digits, tmp_path):
 def test_one_query_or_many_any_order(store, digits):
     queries = digits.select([3, 14, 15, 9, 26])
     together = store.influence(queries).values
-    assert torch.allclose(together, torch.cat([store.influence(queries.select([i])).values for i in range(5)]), atol=1e-4)
-    assert torch.allclose(together.flip(0), store.influence(queries.select(range(4, -1, -1))).values, atol=1e-4)
+    assert torch.allclose(
+        together, torch.cat([store.influence(queries.select([i])).values for i in range(5)]), atol=1e-4)
+    assert torch.allclose(
+        together.flip(0), store.influence(queries.select(range(4, -1, -1))).values, atol=1e-4)
 
 
 def test_all_kinds_of_queries(store, digits):
     image = digits[3]["image"]
-    scores = [store.influence(q).values for q in (image, [image], [{"image": image}], {"image": image}, digits.select([3]), store.gradients(image))]
+    scores = [
+        store.influence(q).values
+        for q in (
+            image,
+            [image],
+            [{"image": image}],
+            {"image": image},
+            digits.select([3]),
+            store.gradients(image))]
     assert all(torch.allclose(s, scores[0]) for s in scores)
 
 
@@ -73,7 +103,8 @@ def test_rankings(store, digits):
 
 
 def test_rankings_draw_themselves(store, digits, tmp_path):
-    ranking = store.influence(digits.select([3, 12])).top(4) + store.influence(digits.select([3, 12])).bottom(4)
+    ranking = store.influence(digits.select([3, 12])).top(4) + store.influence(digits.select([3, 12])).bottom(
+        4)
     page = ranking._repr_html_()
     assert page.count("<img") == 2 + 4 * 4 and "label" in page
     assert ranking.save(tmp_path / "deep" / "r.png").stat().st_size > 1000
@@ -90,7 +121,13 @@ def test_equal_scores_keep_the_order_of_the_samples(store):
 
 def test_attributors_answer_one_call(store, digits):
     queries = digits.select([0, 1, 2])
-    for method in (DMin(store), DMin(store, normalise=False), DMin(store, weights=[1, 0, 0]), RawPixels(digits), Random(40)):
+    for method in (
+        DMin(store),
+        DMin(store, normalise=False),
+        DMin(store, weights=[1, 0, 0]),
+        RawPixels(digits),
+        Random(40),
+    ):
         assert method.scores(queries).shape == (3, 40) and method.name
     assert torch.equal(Random(40, seed=1).scores(queries), Random(40, seed=1).scores(queries))
 
@@ -101,8 +138,15 @@ def large(tmp_path_factory):
     torch.manual_seed(0)
     centres = torch.randn(20, 1, 2, 64)
     x = torch.nn.functional.normalize((centres + .7 * torch.randn(20, 30, 2, 64)).flatten(0, 1), dim=2)
-    store = Store.create(tmp_path_factory.mktemp("index") / "store", Manifest("x", "y", 10**5, [0, 1], 64, sample_ids=[str(i) for i in range(600)]))
-    for i in range(0, 600, 64): store.write(range(i, min(600, i + 64)), x[i:i + 64], torch.ones(len(x[i:i + 64]), 2), torch.ones(len(x[i:i + 64]), 2))
+    store = Store.create(
+        tmp_path_factory.mktemp("index") / "store",
+        Manifest("x", "y", 10**5, [0, 1], 64, sample_ids=[str(i) for i in range(600)]))
+    for i in range(0, 600, 64):
+        store.write(
+            range(i, min(600, i + 64)),
+            x[i : i + 64],
+            torch.ones(len(x[i : i + 64]), 2),
+            torch.ones(len(x[i : i + 64]), 2))
     q = torch.nn.functional.normalize((centres + .7 * torch.randn(20, 1, 2, 64)).flatten(0, 1), dim=2)
     return store, Gradients(q, torch.ones(20, 2), torch.ones(20, 2))
 
@@ -119,6 +163,11 @@ def test_index_finds_the_exact_top_k(large):
 
 def test_index_is_saved_and_the_same_with_one_thread(large):
     store, queries = large
-    first = build_index(store, M=8, ef_construction=100, threads=1, seed=3, progress=False).search(queries, k=5, ef=20)
+    first = build_index(store, M=8, ef_construction=100, threads=1, seed=3, progress=False).search(
+        queries, k=5, ef=20)
     assert torch.equal(open_index(store).search(queries, k=5, ef=20).rows, first.rows)
-    assert torch.equal(build_index(store, M=8, ef_construction=100, threads=1, seed=3, progress=False).search(queries, k=5, ef=20).rows, first.rows)
+    assert torch.equal(
+        build_index(store, M=8, ef_construction=100, threads=1, seed=3, progress=False)
+        .search(queries, k=5, ef=20)
+        .rows,
+        first.rows)

@@ -1,4 +1,6 @@
-"""What state a pipeline's adapters are in: they count, they do not and it is said, or the objective is refused by name."""
+"""What state a pipeline's adapters are in: they count, they do not and it is said, or the objective is
+refused by name.
+"""
 import warnings
 
 import pytest
@@ -31,15 +33,19 @@ def adapted(model, name="default", targets=("q_proj", "v_proj")):
 def test_fused_and_disabled_adapters(family, tokenizer, mixture, tmp_path):
     pipe = small(family, tokenizer, lora=True)
     numbers = list(make_objective(pipe).parameters)
-    for spoil, mend, said in ((pipe.fuse_lora, pipe.unfuse_lora, r"fused into its weights.*pipe.unfuse_lora\(\)"),
-                              (pipe.disable_lora, pipe.enable_lora, r"disabled.*pipe.enable_lora\(\)")):
+    for spoil, mend, said in (
+        (pipe.fuse_lora, pipe.unfuse_lora, r"fused into its weights.*pipe.unfuse_lora\(\)"),
+        (pipe.disable_lora, pipe.enable_lora, r"disabled.*pipe.enable_lora\(\)"),
+    ):
         before = make_objective(pipe).fingerprint()
         spoil()
-        with pytest.raises(ValueError, match=said): collect(pipe, mixture, tmp_path / "s", v=16, timesteps=1, progress=False)
+        with pytest.raises(ValueError, match=said):
+            collect(pipe, mixture, tmp_path / "s", v=16, timesteps=1, progress=False)
         assert not (tmp_path / "s").exists()
         mend()
         assert list(make_objective(pipe).parameters) == numbers
-        assert mend == pipe.unfuse_lora or make_objective(pipe).fingerprint() == before   # taking out rounds the weights
+        # taking out rounds the weights
+        assert mend == pipe.unfuse_lora or make_objective(pipe).fingerprint() == before
 
 
 @pytest.mark.filterwarnings("ignore:Already found a `peft_config`")   # peft's, of a second adapter
@@ -58,7 +64,10 @@ def test_adapters_on_the_text_encoder_alone_are_refused(tokenizer, mixture, tmp_
     pipe = small("sd", tokenizer)
     whole = sum(p.numel() for p in make_objective(pipe).parameters.values())
     adapted(pipe.text_encoder)
-    with pytest.raises(ValueError, match=r"on text_encoder alone.*UNet2DConditionModel, which was not trained.*parameters='\*'"):
+    with pytest.raises(
+        ValueError,
+        match=r"on text_encoder alone.*UNet2DConditionModel, which was not trained.*parameters='\*'",
+    ):
         collect(pipe, mixture, tmp_path / "s", v=16, timesteps=1, progress=False)
     assert not (tmp_path / "s").exists()
     assert sum(p.numel() for p in make_objective(pipe, parameters="*").parameters.values()) == whole
@@ -68,9 +77,14 @@ def test_adapters_on_the_text_encoder_alone_are_refused(tokenizer, mixture, tmp_
 def test_adapters_that_do_not_count_are_said(family, where, tokenizer, mixture):
     pipe = small(family, tokenizer, lora=True)
     for name in where: adapted(getattr(pipe, name))
-    there = sum(p.numel() for name in where for n, p in getattr(pipe, name).named_parameters() if "lora_" in n)
+    there = sum(
+        p.numel() for name in where for n, p in getattr(pipe, name).named_parameters() if "lora_" in n)
     here = sum(p.numel() for n, p in network(pipe).named_parameters() if "lora_" in n)
-    with pytest.warns(UserWarning, match=f"{here:,} numbers of the adapters.*count; the {there:,} of those on {' and '.join(where)} do not"):
+    with pytest.warns(
+        UserWarning,
+        match=f"{here:,} numbers of the adapters.*count; the {there:,} of those on {' and '.join(where)} do"
+              " not",
+    ):
         objective = make_objective(pipe)
     assert sum(p.numel() for p in objective.parameters.values()) == here
 
@@ -90,7 +104,8 @@ def test_images_of_more_than_8_bits(family, mode, tokenizer, mixture, tmp_path):
     deep = {"image": Image.new(mode, (32, 32)), "prompt": "a rose"}
     with pytest.raises(ValueError, match=f"query 0 has mode {mode}.*not 8-bit"): store.influence(deep)
     rows = [*({"image": r["image"], "prompt": r["prompt"]} for r in mixture), deep]
-    with pytest.raises(ValueError, match=f"sample 4 has mode {mode}"): collect(pipe, rows, tmp_path / "other", v=16, timesteps=1, progress=False)
+    with pytest.raises(ValueError, match=f"sample 4 has mode {mode}"):
+        collect(pipe, rows, tmp_path / "other", v=16, timesteps=1, progress=False)
     assert not (tmp_path / "other").exists()
 
 
@@ -98,7 +113,10 @@ def test_prompts_that_are_cut(mixture):
     """Of a few it is not said, as nothing can be done about them; of many it is."""
     pipe = small("sd", train_tokenizer(mixture["prompt"], 600, length=8))
     objective, rows = make_objective(pipe), mixture.select([0] * 20)
-    few, many = (rows.remove_columns("prompt").add_column("prompt", ["a"] * (20 - n) + ["a red rose on a white table by the window"] * n) for n in (2, 3))
+    few, many = (
+        rows.remove_columns("prompt").add_column(
+            "prompt", ["a"] * (20 - n) + ["a red rose on a white table by the window"] * n)
+        for n in (2, 3))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         objective.check(few)
@@ -117,10 +135,14 @@ def test_gradients_of_active_adapters_equal_autograd(tokenizer, mixture):
     pipe.set_adapters(["default", "other"])
     objective = make_objective(pipe)
     rows, t = mixture.select(range(2)), torch.tensor([300])
-    found = sample_gradients(objective, rows, t, NoCompression(sum(p.numel() for p in objective.parameters.values())))
+    found = sample_gradients(
+        objective, rows, t, NoCompression(sum(p.numel() for p in objective.parameters.values())))
     with torch.no_grad(): encoded = objective.encode(rows[:])
     eps = objective.draw_noise(t)[0]
     for p in pipe.unet.parameters(): p.requires_grad_(False)
     for p in objective.parameters.values(): p.requires_grad_(True)
-    truth = one_by_one(objective.parameters, lambda i: objective.loss({k: x[i:i + 1] for k, x in encoded.items()}, t, eps).sum(), 2)
+    truth = one_by_one(
+        objective.parameters,
+        lambda i: objective.loss({k: x[i : i + 1] for k, x in encoded.items()}, t, eps).sum(),
+        2)
     assert ((found.compressed[:, 0] - truth).norm() / truth.norm()).item() < 1e-5

@@ -1,4 +1,6 @@
-"""The package as others meet it: what it imports, what it ships, and that plain diffusers opens what it ships."""
+"""The package as others meet it: what it imports, what it ships, and that plain diffusers opens what it
+ships.
+"""
 import ast
 import json
 import pickle
@@ -21,18 +23,31 @@ ROOT = Path(__file__).parents[1]
 
 def run(script, *arguments):
     """What a script prints, and what it says on standard error, in a process of its own."""
-    done = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True, check=True, timeout=600)
+    done = subprocess.run(
+        [sys.executable, "-c", script, *arguments], capture_output=True, text=True, check=True, timeout=600)
     return done.stdout.strip(), done.stderr
 
 
 def imports(path):
     """The names that a module imports from the package while nothing runs it: name -> module."""
-    block = next(n for n in ast.parse(path.read_text()).body if isinstance(n, ast.If) and ast.unparse(n.test) == "TYPE_CHECKING")
+    block = next(
+        n
+        for n in ast.parse(path.read_text()).body
+        if isinstance(n, ast.If) and ast.unparse(n.test) == "TYPE_CHECKING")
     return {name.name: n.module for n in block.body for name in n.names}
 
 
 LOADED = "import sys; {}; print(*sorted({{m.split('.')[0] for m in sys.modules}} & set(sys.argv[1:])))"
-HEAVY = ("diffusers", "transformers", "peft", "accelerate", "datasets", "matplotlib", "scipy", "hnswlib", "torch")
+HEAVY = (
+    "diffusers",
+    "transformers",
+    "peft",
+    "accelerate",
+    "datasets",
+    "matplotlib",
+    "scipy",
+    "hnswlib",
+    "torch")
 TOOLS = ("nbdev", "fastcore", "pytest", "IPython")
 
 
@@ -80,7 +95,8 @@ def test_nothing_on_standard_error(script): assert run(script) == ("", "")
 
 
 def test_no_pickle_anywhere():
-    for path in ROOT.glob("dmin/**/*.py"): assert not re.search(r"pickle|torch\.load\(|torch\.save\(", path.read_text()), path
+    for path in ROOT.glob("dmin/**/*.py"):
+        assert not re.search(r"pickle|torch\.load\(|torch\.save\(", path.read_text()), path
 
 
 WINGS = "core", "families", "", "methods", "measures", "reproduction"   # "": nbs/00_lora and what follows it
@@ -107,7 +123,9 @@ def used_modules(module):
 
 
 def test_modules_import_only_those_above_them():
-    """No circle, no import upwards, nothing of the reproduction in the library: imports within functions count, too."""
+    """No circle, no import upwards, nothing of the reproduction in the library: imports within functions
+    count, too.
+    """
     modules = modules_in_order()
     assert len(set(modules)) == len(modules) > 40
     for place, module in enumerate(modules):
@@ -115,7 +133,10 @@ def test_modules_import_only_those_above_them():
 
 
 def test_every_module_has_its_notebook():
-    there = {".".join(p.relative_to(ROOT / "dmin").with_suffix("").parts) for p in ROOT.glob("dmin/**/*.py") if p.name[0] != "_"}
+    there = {
+        ".".join(p.relative_to(ROOT / "dmin").with_suffix("").parts)
+        for p in ROOT.glob("dmin/**/*.py")
+        if p.name[0] != "_"}
     assert there == set(modules_in_order())
 
 
@@ -124,11 +145,18 @@ def test_shipped_pipeline_opens_in_plain_diffusers(folder, kind, most):
     folder = data_folder() / "tiny" / folder
     assert sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()) <= most
     absent = {"text_encoder_3": None, "tokenizer_3": None} if kind is StableDiffusion3Pipeline else {}
-    shared = {"vae": AutoencoderKL.from_pretrained(folder.parent / "sd3/vae")} if kind is StableDiffusionPipeline else {}
+    shared = (
+        {"vae": AutoencoderKL.from_pretrained(folder.parent / "sd3/vae")}
+        if kind is StableDiffusionPipeline
+        else {})
     pipe = kind.from_pretrained(str(folder), **absent, **shared)
     assert pipe.scheduler.config.num_train_timesteps == 1000
     if kind is not DDPMPipeline:
-        image = pipe("a photo of a pink flower", num_inference_steps=2, **({"max_sequence_length": 1} if absent else {})).images[0]
+        image = pipe(
+            "a photo of a pink flower",
+            num_inference_steps=2,
+            **({"max_sequence_length": 1} if absent else {}),
+        ).images[0]
         assert image.size == (64, 64) and np.asarray(image).std() > 1
     assert not [p for p in folder.rglob("*") if p.suffix in (".bin", ".pt", ".ckpt")]
 
@@ -138,7 +166,10 @@ def test_shipped_tuning_has_its_record(name, most):
     folder = data_folder() / "tiny" / name
     assert sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()) <= most
     record = training_record(f"tiny-{name}")
-    assert record["n_train"] == 974 and record["dataset"] == "mini" and round(record["epochs"]) == PIPELINES[f"tiny-{name}"].recipe.epochs
+    assert (
+        record["n_train"] == 974
+        and record["dataset"] == "mini"
+        and round(record["epochs"]) == PIPELINES[f"tiny-{name}"].recipe.epochs)
 
 
 @pytest.mark.parametrize("name", ["mnist_5k.npz", "clipart_10.npz", "cards.parquet", "clipart.parquet", "creatures.parquet", "flowers.parquet", "renders.parquet", "toys.parquet"])

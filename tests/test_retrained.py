@@ -16,11 +16,15 @@ from dmin.reproduction.retraining_benchmark import BenchmarkRecipe, RetrainingBe
 MASKS = random_subsets(20, 4)
 
 
-def retrain(rows, seed): return {"losses": torch.randn(3, 2, generator=torch.Generator().manual_seed(int(rows.sum()) + seed)), "images": torch.zeros(3, 4, 4, dtype=torch.uint8)}
+def retrain(rows, seed):
+    return {
+        "losses": torch.randn(3, 2, generator=torch.Generator().manual_seed(int(rows.sum()) + seed)),
+        "images": torch.zeros(3, 4, 4, dtype=torch.uint8)}
 
 
 @pytest.fixture
-def built(tmp_path): return Retrained(tmp_path / "outputs", {"recipe": 1}).build(MASKS, retrain, progress=False)
+def built(tmp_path):
+    return Retrained(tmp_path / "outputs", {"recipe": 1}).build(MASKS, retrain, progress=False)
 
 
 def again(built): return Retrained(built.folder, {"recipe": 1})
@@ -40,7 +44,11 @@ def test_any_flipped_bit_is_refused_or_reads_the_same(built, packed):
             with warnings.catch_warnings(record=True): found = again(built).outputs(MASKS)
         except ValueError as e:
             refused += 1
-            assert path.name in str(e) and "trained again" in str(e) or "no output" in str(e) or "are not in" in str(e)
+            assert (
+                path.name in str(e)
+                and "trained again" in str(e)
+                or "no output" in str(e)
+                or "are not in" in str(e))
         else: assert torch.equal(found, good)   # the bit was one of those that say nothing
     assert refused >= 60
     path.write_bytes(whole)
@@ -56,7 +64,8 @@ def test_a_description_that_was_cut_short(built, text):
 def test_outputs_of_an_older_version_are_read_and_get_a_checksum(built):
     good = again(built).outputs(MASKS)
     for path in built.folder.glob("*.safetensors"): save_file(load_file(path), path)
-    with pytest.warns(UserWarning, match=r"has no checksum.*pack\(\) adds one"): old = again(built).outputs(MASKS)
+    with pytest.warns(UserWarning, match=r"has no checksum.*pack\(\) adds one"):
+        old = again(built).outputs(MASKS)
     assert torch.equal(old, good)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -79,7 +88,8 @@ def test_a_relative_folder_stays_where_it_was(tmp_path, monkeypatch):
     retrained = Retrained("outputs", {})
     monkeypatch.chdir(tmp_path / "b")
     retrained.build(MASKS[:1], retrain, progress=False)
-    assert len(list((tmp_path / "a" / "outputs").glob("model-*"))) == 1 and not list((tmp_path / "b").iterdir())
+    assert len(list((tmp_path / "a" / "outputs").glob("model-*"))) == 1 and not list(
+        (tmp_path / "b").iterdir())
 
 
 def test_what_a_kill_left_is_removed(built):
@@ -93,7 +103,8 @@ def test_what_a_kill_left_is_removed(built):
 
 def test_a_benchmarks_models_appear_whole(tmp_path, monkeypatch):
     """A disk that fills while a model is saved leaves no half of one."""
-    recipe = BenchmarkRecipe(samples=12, steps=3, batch_size=4, queries=2, sampler_steps=2, timesteps=2, noises=1)
+    recipe = BenchmarkRecipe(
+        samples=12, steps=3, batch_size=4, queries=2, sampler_steps=2, timesteps=2, noises=1)
     benchmark = RetrainingBenchmark(tmp_path / "b", recipe, 1, 1, 1)
     (tmp_path / "b").mkdir()
     def full(self, folder, **_):

@@ -1,4 +1,7 @@
-"""What a store survives: kills at any moment, full disks, damage; and what it refuses to mix. Real files, real processes."""
+"""What a store survives: kills at any moment, full disks, damage; and what it refuses to mix.
+
+Real files, real processes.
+"""
 import json
 import os
 import random
@@ -20,7 +23,8 @@ from dmin.core.store import Store
 RECIPE = dict(v=64, timesteps=2, shard_size=4, progress=False)
 
 
-def contents(folder): return {p.name: p.read_bytes() for p in sorted(Path(folder).iterdir()) if not p.name.startswith(".")}
+def contents(folder):
+    return {p.name: p.read_bytes() for p in sorted(Path(folder).iterdir()) if not p.name.startswith(".")}
 
 
 @pytest.fixture
@@ -43,7 +47,11 @@ collect(make_pipeline(), load_images("mnist_5k", size=8).select(range(0, 2000, 5
 
 
 def collecting(folder):
-    return subprocess.Popen([sys.executable, "-c", COLLECTING, str(folder), str(Path(__file__).parent)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        [sys.executable, "-c", COLLECTING, str(folder), str(Path(__file__).parent)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True)
 
 
 def test_killed_at_random_moments_it_ends_with_the_same_bytes(tmp_path):
@@ -56,7 +64,8 @@ def test_killed_at_random_moments_it_ends_with_the_same_bytes(tmp_path):
         time.sleep(draw.random() * .03)
         process.send_signal(signal.SIGKILL)
         kills += process.wait(timeout=600) == -signal.SIGKILL
-        for name, data in contents(tmp_path / "killed").items(): assert data == wanted[name]   # nothing half-written
+        for name, data in contents(tmp_path / "killed").items():
+            assert data == wanted[name]   # nothing half-written
     assert kills >= 2
     last = collecting(tmp_path / "killed")
     assert last.wait(timeout=600) == 0, last.stderr.read()
@@ -67,9 +76,13 @@ def test_full_disk(store, pipe, digits, tmp_path):
     """A real file system of half a megabyte, where the machine lets us mount one."""
     small = tmp_path / "small"
     small.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=512k", "tmpfs", str(small)], capture_output=True).returncode: pytest.skip("mounting needs root")
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=512k", "tmpfs", str(small)], capture_output=True
+    ).returncode:
+        pytest.skip("mounting needs root")
     try:
-        with pytest.raises(OSError, match="disk full"): collect(pipe, digits, small / "store", **{**RECIPE, "v": 4096, "dtype": "float32"})
+        with pytest.raises(OSError, match="disk full"):
+            collect(pipe, digits, small / "store", **{**RECIPE, "v": 4096, "dtype": "float32"})
         part = Store(small / "store")
         assert 0 < len(part.missing()) < len(digits)   # some were stored, and they are whole
         shutil.copytree(small / "store", tmp_path / "larger")
@@ -80,15 +93,24 @@ def test_full_disk(store, pipe, digits, tmp_path):
 
 def test_a_file_may_not_grow(pipe, digits, tmp_path):
     """The same where mounting is not allowed: the operating system refuses files beyond a size."""
-    script = COLLECTING.replace("from conftest", "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-                                "resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))\nfrom conftest").replace("v=64", "v=2048")
-    run = subprocess.run([sys.executable, "-c", script, str(tmp_path / "store"), str(Path(__file__).parent)], capture_output=True, text=True, timeout=600)
+    script = COLLECTING.replace(
+        "from conftest",
+        "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))\nfrom conftest",
+    ).replace("v=64", "v=2048")
+    run = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path / "store"), str(Path(__file__).parent)],
+        capture_output=True,
+        text=True,
+        timeout=600)
     assert run.returncode and "What was stored before is intact" in run.stderr
     assert sorted(contents(tmp_path / "store")) == ["columns.json", "manifest.json"]
 
 
 def test_any_damage_is_noticed(store, tmp_path):
-    """A shard cut anywhere, or with any one bit changed, is refused or reads the same; it never reads differently."""
+    """A shard cut anywhere, or with any one bit changed, is refused or reads the same; it never reads
+    differently.
+    """
     draw, good = random.Random(1), store.vectors()
     path = store.folder / "shard-00000008.safetensors"
     whole, refused = path.read_bytes(), 0
@@ -120,7 +142,8 @@ def test_precision_of_what_is_stored(pipe, digits, tmp_path, dtype, allowed):
 def test_uncompressed(pipe, digits, tmp_path):
     d = sum(p.numel() for p in pipe.unet.parameters())
     store = collect(pipe, digits.select(range(4)), tmp_path, **{**RECIPE, "v": None}, dtype="float32")
-    assert store.vectors().shape == (4, 2, d) and torch.allclose(store.vectors().norm(dim=2), torch.ones(4, 2))
+    assert store.vectors().shape == (4, 2, d) and torch.allclose(
+        store.vectors().norm(dim=2), torch.ones(4, 2))
 
 
 def test_extreme_norms_survive_float16(pipe, digits, tmp_path):
@@ -136,16 +159,20 @@ def test_extreme_norms_survive_float16(pipe, digits, tmp_path):
     ("noises", 2, "noises is 1, not 2"), ("spacing", "trailing", "timesteps is"), ("parameters", "*.weight", "parameters is")])
 def test_other_recipes_are_not_mixed(store, pipe, digits, field, value, said):
     before = contents(store.folder)
-    with pytest.raises(ValueError, match=said): collect(pipe, digits, store.folder, **{**RECIPE, field: value})
+    with pytest.raises(ValueError, match=said):
+        collect(pipe, digits, store.folder, **{**RECIPE, field: value})
     assert contents(store.folder) == before
 
 
 def test_other_models_and_data_are_not_mixed(store, digits):
     before, other = contents(store.folder), make_pipeline(seed=1)
-    with pytest.raises(ValueError, match=r"model \(fingerprint"): collect(other, digits, store.folder, **RECIPE)
+    with pytest.raises(ValueError, match=r"model \(fingerprint"):
+        collect(other, digits, store.folder, **RECIPE)
     with pytest.raises(ValueError, match="another model"): open_store(store.folder, other)
-    with pytest.raises(ValueError, match="40 samples, not 39"): collect(make_pipeline(), digits.select(range(39)), store.folder, **RECIPE)
-    with pytest.raises(ValueError, match="sample 0"): open_store(store.folder, samples=digits.select(range(39, -1, -1)))
+    with pytest.raises(ValueError, match="40 samples, not 39"):
+        collect(make_pipeline(), digits.select(range(39)), store.folder, **RECIPE)
+    with pytest.raises(ValueError, match="sample 0"):
+        open_store(store.folder, samples=digits.select(range(39, -1, -1)))
     assert contents(store.folder) == before
 
 
@@ -153,7 +180,8 @@ def test_add_computes_only_the_new(pipe, digits, tmp_path, monkeypatch):
     store = collect(pipe, digits.select(range(30)), tmp_path, **RECIPE)
     before, computed = contents(tmp_path), []
     write = Store.write
-    monkeypatch.setattr(Store, "write", lambda self, rows, *rest: (computed.extend(rows), write(self, rows, *rest)))
+    monkeypatch.setattr(
+        Store, "write", lambda self, rows, *rest: (computed.extend(rows), write(self, rows, *rest)))
     store.add(digits.select(range(30, 40)), progress=False)
     assert computed == list(range(30, 40)) and len(store) == 40
     after = contents(tmp_path)
@@ -186,11 +214,22 @@ def test_a_store_is_only_json_and_safetensors(store):
 def test_open_by_memory_map(tmp_path):
     """Opening a store without verifying it reads next to nothing of it."""
     n, T, v = 64, 10, 65536   # 84 MB
-    store = Store.create(tmp_path, Manifest("x", "y", 10**6, list(range(T)), v, shard_size=n, sample_ids=[str(i) for i in range(n)]))
+    store = Store.create(
+        tmp_path,
+        Manifest("x", "y", 10**6, list(range(T)), v, shard_size=n, sample_ids=[str(i) for i in range(n)]))
     store.write(range(n), torch.randn(n, T, v), torch.ones(n, T), torch.ones(n, T))
-    script = ("import sys, torch\nfrom dmin.core.store import Store\ndef rss(): return next(int(l.split()[1]) / 1024 for l in open('/proc/self/status') if l.startswith('VmRSS'))\n"
-              "before = rss(); s = Store(sys.argv[1], verify=False); print(rss() - before)")
-    grown = float(subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, check=True, timeout=600).stdout)
+    script = (
+        "import sys, torch\nfrom dmin.core.store import Store\ndef rss(): return next(int(l.split()[1]) /"
+        " 1024 for l in open('/proc/self/status') if l.startswith('VmRSS'))\n"
+        "before = rss(); s = Store(sys.argv[1], verify=False); print(rss() - before)")
+    grown = float(
+        subprocess.run(
+            [sys.executable, "-c", script, str(tmp_path)],
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=600,
+        ).stdout)
     assert grown < 20 < os.path.getsize(next(tmp_path.glob("shard-*"))) / 1e6   # MB
 
 

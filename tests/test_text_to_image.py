@@ -1,4 +1,6 @@
-"""Stable Diffusion and Stable Diffusion 3: gradients against autograd, losses against plain diffusers, several processes against one."""
+"""Stable Diffusion and Stable Diffusion 3: gradients against autograd, losses against plain diffusers,
+several processes against one.
+"""
 import csv
 import json
 import os
@@ -35,7 +37,10 @@ def tokenizer(mixture): return train_tokenizer(mixture["prompt"], 600)
 
 def small(family, tokenizer, lora=False, seed=0):
     vae = tiny_vae(32, (8, 8, 8), seed=seed)
-    pipe = tiny_sd(tokenizer, vae, channels=(16, 32), seed=seed) if family == "sd" else tiny_sd3(tokenizer, vae, layers=2, heads=1, seed=seed)
+    pipe = (
+        tiny_sd(tokenizer, vae, channels=(16, 32), seed=seed)
+        if family == "sd"
+        else tiny_sd3(tokenizer, vae, layers=2, heads=1, seed=seed))
     if lora:
         add_lora(pipe)
         torch.manual_seed(seed)
@@ -61,17 +66,23 @@ def check_layer_by_layer(found, truth, parameters, allowed=1e-5):
 @pytest.mark.parametrize("family", ["sd", "sd3"])
 def test_per_sample_gradients_equal_autograd(family, lora, tokenizer, mixture):
     objective = make_objective(small(family, tokenizer, lora))
-    rows, timesteps, d = mixture.select(range(3)), torch.tensor([20, 700]), sum(p.numel() for p in objective.parameters.values())
+    rows, timesteps, d = (
+        mixture.select(range(3)),
+        torch.tensor([20, 700]),
+        sum(p.numel() for p in objective.parameters.values()))
     assert all("lora_" in name for name in objective.parameters) == lora
     found = sample_gradients(objective, rows, timesteps, NoCompression(d), batch_size=4)
     encoded, eps = objective.encode(rows[:]), objective.draw_noise(timesteps)[:, 0]
     def loss(i):
         row, k = i // 2, i % 2
-        return objective.loss({name: x[row:row + 1] for name, x in encoded.items()}, timesteps[k:k + 1], eps[k:k + 1]).sum()
+        return objective.loss(
+            {name: x[row : row + 1] for name, x in encoded.items()}, timesteps[k : k + 1], eps[k : k + 1]
+        ).sum()
     for p in network(objective.pipe).parameters(): p.requires_grad_(False)
     for p in objective.parameters.values(): p.requires_grad_(True)
     objective.model.eval()
-    check_layer_by_layer(found.compressed.flatten(0, 1), one_by_one(objective.parameters, loss, 6), objective.parameters)
+    check_layer_by_layer(
+        found.compressed.flatten(0, 1), one_by_one(objective.parameters, loss, 6), objective.parameters)
 
 
 SD3_OTHERS = {
@@ -83,9 +94,25 @@ SD3_OTHERS = {
 @pytest.mark.parametrize("name", SD3_OTHERS)
 def test_other_transformers(name):
     torch.manual_seed(0)
-    model = SD3Transformer2DModel(sample_size=8, patch_size=2, in_channels=4, out_channels=4, num_layers=2, num_attention_heads=2, attention_head_dim=16, caption_projection_dim=32,
-                                  joint_attention_dim=24, pooled_projection_dim=20, pos_embed_max_size=4, **SD3_OTHERS[name]).eval()
-    x, prompt, pooled, t = torch.randn(3, 4, 8, 8), torch.randn(3, 5, 24), torch.randn(3, 20), torch.tensor([3., 500., 900.])
+    model = SD3Transformer2DModel(
+        sample_size=8,
+        patch_size=2,
+        in_channels=4,
+        out_channels=4,
+        num_layers=2,
+        num_attention_heads=2,
+        attention_head_dim=16,
+        caption_projection_dim=32,
+        joint_attention_dim=24,
+        pooled_projection_dim=20,
+        pos_embed_max_size=4,
+        **SD3_OTHERS[name],
+    ).eval()
+    x, prompt, pooled, t = (
+        torch.randn(3, 4, 8, 8),
+        torch.randn(3, 5, 24),
+        torch.randn(3, 20),
+        torch.tensor([3.0, 500.0, 900.0]))
     check_network(model, lambda i: model(x[i], prompt[i], pooled[i], t[i]).sample.square().flatten(1).mean(1))
 
 
@@ -99,8 +126,17 @@ UNET_OTHERS = {
 @pytest.mark.parametrize("name", UNET_OTHERS)
 def test_other_unets(name):
     torch.manual_seed(0)
-    usual = dict(sample_size=8, in_channels=4, out_channels=4, block_out_channels=(16, 32), layers_per_block=1, norm_num_groups=8, cross_attention_dim=24, attention_head_dim=4,
-                 down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"))
+    usual = dict(
+        sample_size=8,
+        in_channels=4,
+        out_channels=4,
+        block_out_channels=(16, 32),
+        layers_per_block=1,
+        norm_num_groups=8,
+        cross_attention_dim=24,
+        attention_head_dim=4,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"))
     model = UNet2DConditionModel(**usual | UNET_OTHERS[name]).eval()
     x, prompt, t = torch.randn(3, 4, 8, 8), torch.randn(3, 5, 24), torch.tensor([3, 500, 900])
     check_network(model, lambda i: model(x[i], t[i], prompt[i]).sample.square().flatten(1).mean(1))
@@ -109,7 +145,8 @@ def test_other_unets(name):
 def check_network(model, loss):
     parameters = dict(model.named_parameters())
     truth = one_by_one(parameters, lambda i: loss(slice(i, i + 1)).sum(), 3)
-    with PerSampleGradients(model, parameters, NoCompression(truth.shape[1])) as g: found, _, _ = g(lambda: loss(slice(None)), 3)
+    with PerSampleGradients(model, parameters, NoCompression(truth.shape[1])) as g:
+        found, _, _ = g(lambda: loss(slice(None)), 3)
     check_layer_by_layer(found, truth, parameters)
 
 
@@ -118,9 +155,14 @@ def test_sd_loss_is_the_training_scripts(tokenizer, mixture):
     pipe = small("sd", tokenizer)
     objective, rows = make_objective(pipe), mixture.select(range(2))
     with torch.no_grad():
-        pixels = torch.stack([torch.from_numpy(np.array(x.convert("RGB").resize((32, 32), 2))).permute(2, 0, 1) / 127.5 - 1 for x in rows["image"]])
+        pixels = torch.stack(
+            [
+                torch.from_numpy(np.array(x.convert("RGB").resize((32, 32), 2))).permute(2, 0, 1) / 127.5 - 1
+                for x in rows["image"]])
         z0 = pipe.vae.encode(pixels).latent_dist.mean * pipe.vae.config.scaling_factor
-        ids = pipe.tokenizer(list(rows["prompt"]), padding="max_length", truncation=True, return_tensors="pt").input_ids
+        ids = pipe.tokenizer(
+            list(rows["prompt"]), padding="max_length", truncation=True, return_tensors="pt"
+        ).input_ids
         alpha, eps = pipe.scheduler.alphas_cumprod[400], torch.randn(2, *objective.shape)
         out = pipe.unet(alpha.sqrt() * z0 + (1 - alpha).sqrt() * eps, 400, pipe.text_encoder(ids)[0]).sample
         losses = objective.loss(objective.encode(rows[:]), torch.tensor([400, 400]), eps)
@@ -129,10 +171,19 @@ def test_sd_loss_is_the_training_scripts(tokenizer, mixture):
 
 def test_batch_and_order_change_nothing(tokenizer, mixture, tmp_path):
     pipe = small("sd3", tokenizer, lora=True)
-    one = sample_gradients(make_objective(pipe), mixture, torch.tensor([100, 800]), NoCompression(3072), batch_size=1)
-    many = sample_gradients(make_objective(pipe), mixture, torch.tensor([100, 800]), NoCompression(3072), batch_size=24)
-    turned = sample_gradients(make_objective(pipe), mixture.select(range(11, -1, -1)), torch.tensor([100, 800]), NoCompression(3072), batch_size=7)
-    assert relative(many.compressed, one.compressed) < 1e-5 and relative(turned.compressed.flip(0), one.compressed) < 1e-5
+    one = sample_gradients(
+        make_objective(pipe), mixture, torch.tensor([100, 800]), NoCompression(3072), batch_size=1)
+    many = sample_gradients(
+        make_objective(pipe), mixture, torch.tensor([100, 800]), NoCompression(3072), batch_size=24)
+    turned = sample_gradients(
+        make_objective(pipe),
+        mixture.select(range(11, -1, -1)),
+        torch.tensor([100, 800]),
+        NoCompression(3072),
+        batch_size=7)
+    assert (
+        relative(many.compressed, one.compressed) < 1e-5
+        and relative(turned.compressed.flip(0), one.compressed) < 1e-5)
 
 
 @pytest.mark.parametrize("family", ["sd", "sd3"])
@@ -141,23 +192,36 @@ def test_a_seed_per_prompt(family, tokenizer):
     a, b = (generate(pipe, prompts, steps=3, batch_size=n, progress=False) for n in (1, 3))
     for x, y in zip(a["image"], b["image"]): assert np.abs(np.asarray(x, int) - np.asarray(y, int)).max() <= 1
     assert a["seed"][:] == [0, 1, 2] and a["prompt"][:] == prompts
-    assert generate(pipe, prompts[1:2], seed=1, steps=3, progress=False)[0]["image"].tobytes() == a[1]["image"].tobytes()
+    assert (
+        generate(pipe, prompts[1:2], seed=1, steps=3, progress=False)[0]["image"].tobytes()
+        == a[1]["image"].tobytes())
 
 
 def test_test_prompts_keep_their_subset(tokenizer):
     test = load_mixture("mini", "test").select(range(3))
     made = generate(small("sd", tokenizer), test, steps=2, progress=False)
-    assert made["subset"][:] == test["subset"][:] and made["prompt"][:] == test["prompt"][:] and "origin" not in made.column_names
+    assert (
+        made["subset"][:] == test["subset"][:]
+        and made["prompt"][:] == test["prompt"][:]
+        and "origin" not in made.column_names)
 
 
 def test_a_region_of_everything_is_the_whole(tokenizer, mixture, tmp_path):
     store = collect(small("sd3", tokenizer, lora=True), mixture, tmp_path, timesteps=2, v=64, progress=False)
     query = mixture.select([0])
-    whole, all_of_it, corner = (store.influence(query, region=r).values for r in (None, (0, 0, 32, 32), (0, 0, 8, 8)))
+    whole, all_of_it, corner = (
+        store.influence(query, region=r).values for r in (None, (0, 0, 32, 32), (0, 0, 8, 8)))
     assert torch.allclose(whole, all_of_it, rtol=1e-4) and not torch.allclose(whole, corner, rtol=1e-2)
     mask = np.zeros((32, 32)); mask[:8, :8] = 1
     assert torch.allclose(store.influence(query, region=mask).values, corner, rtol=1e-4)
-    for bad, said in [((0, 0, 33, 10), "not a box"), (np.zeros((32, 32)), "is empty"), ("left", "give a box"), ((0., 0., .5, 1.), "in pixels"), (np.ones((3, 3)), "expected (32, 32)"), ([(0, 0, 1, 1)] * 2, "2 regions for 1")]:
+    for bad, said in [
+        ((0, 0, 33, 10), "not a box"),
+        (np.zeros((32, 32)), "is empty"),
+        ("left", "give a box"),
+        ((0.0, 0.0, 0.5, 1.0), "in pixels"),
+        (np.ones((3, 3)), "expected (32, 32)"),
+        ([(0, 0, 1, 1)] * 2, "2 regions for 1"),
+    ]:
         with pytest.raises(ValueError) as e: store.influence(query, region=bad)
         assert said in str(e.value)
 
@@ -183,7 +247,14 @@ def test_bfloat16_training(tokenizer, mixture):
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
     AcceleratorState._reset_state(True)
-    try: log = finetune(add_lora(small("sd3", tokenizer)), mixture, steps=3, batch_size=4, progress=False, accelerator=Accelerator(mixed_precision="bf16"))
+    try:
+        log = finetune(
+            add_lora(small("sd3", tokenizer)),
+            mixture,
+            steps=3,
+            batch_size=4,
+            progress=False,
+            accelerator=Accelerator(mixed_precision="bf16"))
     finally: AcceleratorState._reset_state(True)
     assert np.isfinite(log.losses).all()
 
@@ -215,9 +286,23 @@ def saved(tokenizer, tmp_path_factory):
 
 def start(saved, store, processes):
     environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)] if processes > 1 else []
-    return subprocess.Popen([sys.executable, *launch, str(saved / "work.py"), str(saved / "base"), str(saved / "lora"), str(store)], env=environment, start_new_session=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    launch = (
+        ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+        if processes > 1
+        else [])
+    return subprocess.Popen(
+        [
+            sys.executable,
+            *launch,
+            str(saved / "work.py"),
+            str(saved / "base"),
+            str(saved / "lora"),
+            str(store)],
+        env=environment,
+        start_new_session=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True)
 
 
 LAUNCHER = """
@@ -257,8 +342,17 @@ def test_two_processes_equal_one(saved, tmp_path):
 def test_notebook_launcher(saved, tmp_path):
     finish(start(saved, tmp_path / "one", 1))
     (saved / "launcher.py").write_text(LAUNCHER)
-    done = subprocess.run([sys.executable, str(saved / "launcher.py"), str(saved / "base"), str(saved / "lora"), str(tmp_path / "two")], capture_output=True, text=True, timeout=600,
-                          env=os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"})
+    done = subprocess.run(
+        [
+            sys.executable,
+            str(saved / "launcher.py"),
+            str(saved / "base"),
+            str(saved / "lora"),
+            str(tmp_path / "two")],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-3000:]
     assert "process 0 of 2" in done.stdout and "process 1 of 2" in done.stdout
     assert bytes_of(tmp_path / "one") == bytes_of(tmp_path / "two")
@@ -269,8 +363,15 @@ def test_two_processes_killed_end_with_the_same_bytes(saved, tmp_path):
     rng = np.random.default_rng()
     for _ in range(2):
         process = start(saved, tmp_path / "two", 2)
-        wanted, end = len(list((tmp_path / "two").glob("shard-*"))) + int(rng.integers(0, 4)), time.monotonic() + 600
-        while process.poll() is None and time.monotonic() < end and len(list((tmp_path / "two").glob("shard-*"))) < wanted: time.sleep(.01)
+        wanted, end = (
+            len(list((tmp_path / "two").glob("shard-*"))) + int(rng.integers(0, 4)),
+            time.monotonic() + 600)
+        while (
+            process.poll() is None
+            and time.monotonic() < end
+            and len(list((tmp_path / "two").glob("shard-*"))) < wanted
+        ):
+            time.sleep(.01)
         time.sleep(float(rng.random()) * .1)
         try: os.killpg(process.pid, signal.SIGKILL)
         except ProcessLookupError: pass
@@ -281,9 +382,18 @@ def test_two_processes_killed_end_with_the_same_bytes(saved, tmp_path):
 
 def test_manifest_names_the_options(tokenizer, mixture, tmp_path):
     pipe = small("sd3", tokenizer, lora=True)
-    collect(make_objective(pipe, latents="draw", latent_seed=3), mixture.select(range(2)), tmp_path, v=16, timesteps=1, progress=False)
-    assert json.loads((tmp_path / "manifest.json").read_text())["objective"] == "StableDiffusion3Objective, latent_seed=3, latents='draw'"
-    with pytest.raises(ValueError, match="objective is"): collect(pipe, mixture.select(range(2)), tmp_path, v=16, timesteps=1, progress=False)
+    collect(
+        make_objective(pipe, latents="draw", latent_seed=3),
+        mixture.select(range(2)),
+        tmp_path,
+        v=16,
+        timesteps=1,
+        progress=False)
+    assert (
+        json.loads((tmp_path / "manifest.json").read_text())["objective"]
+        == "StableDiffusion3Objective, latent_seed=3, latents='draw'")
+    with pytest.raises(ValueError, match="objective is"):
+        collect(pipe, mixture.select(range(2)), tmp_path, v=16, timesteps=1, progress=False)
 
 
 # bad input
@@ -295,27 +405,40 @@ def test_prompts_that_are_not_there(tokenizer, mixture, tmp_path, change, said):
     rows = mixture.select(range(3)).remove_columns(["subset", "noised", "source", "origin"])
     if "rename" in change: rows = rows.rename_column(*change["rename"])
     elif "numbers" in change: rows = rows.remove_columns("prompt").add_column("prompt", [0, 1, 2])
-    else: rows = rows.map(lambda x, i: {"prompt": change["prompt"] if i == 1 else x["prompt"]}, with_indices=True)
-    with pytest.raises(ValueError) as e: collect(small("sd3", tokenizer), rows, tmp_path / "store", v=16, timesteps=1, progress=False)
+    else:
+        rows = rows.map(
+            lambda x, i: {"prompt": change["prompt"] if i == 1 else x["prompt"]}, with_indices=True)
+    with pytest.raises(ValueError) as e:
+        collect(small("sd3", tokenizer), rows, tmp_path / "store", v=16, timesteps=1, progress=False)
     assert said in str(e.value) and not (tmp_path / "store").exists()
 
 
 def test_a_long_prompt_is_cut_and_said(tokenizer, mixture, tmp_path):
-    rows = mixture.select(range(2)).map(lambda x, i: {"prompt": "a rose " * 30 if i else "a rose"}, with_indices=True)
-    with pytest.warns(UserWarning, match="1 of 2 prompts are longer than the 24 tokens.*of sample 1.*was cut"):
+    rows = mixture.select(range(2)).map(
+        lambda x, i: {"prompt": "a rose " * 30 if i else "a rose"}, with_indices=True)
+    with pytest.warns(
+        UserWarning, match="1 of 2 prompts are longer than the 24 tokens.*of sample 1.*was cut"
+    ):
         store = collect(small("sd3", tokenizer), rows, tmp_path, v=16, timesteps=1, progress=False)
     assert store.missing() == []
 
 
 def test_images_of_other_sizes_are_resized_and_said_once(tokenizer, tmp_path):
     larger = load_mixture("mini").select(range(12))
-    with pytest.warns(UserWarning, match="resized to 32×32") as said: collect(small("sd", tokenizer), larger, tmp_path, v=16, timesteps=1, shard_size=2, progress=False)
+    with pytest.warns(UserWarning, match="resized to 32×32") as said:
+        collect(small("sd", tokenizer), larger, tmp_path, v=16, timesteps=1, shard_size=2, progress=False)
     assert len([w for w in said if "resized" in str(w.message)]) == 1
 
 
 def test_prompts_to_generate_from(tokenizer):
     pipe = small("sd3", tokenizer)
-    for bad, said in [(3, "needs prompts"), ("", "prompt 0 is empty"), (["a", " "], "prompt 1 is empty"), ([], "no prompts"), ([None], "must be strings")]:
+    for bad, said in [
+        (3, "needs prompts"),
+        ("", "prompt 0 is empty"),
+        (["a", " "], "prompt 1 is empty"),
+        ([], "no prompts"),
+        ([None], "must be strings"),
+    ]:
         with pytest.raises(ValueError, match=said): generate(pipe, bad, progress=False)
 
 
@@ -323,15 +446,21 @@ def test_pipelines_that_are_not_supported(tokenizer):
     from diffusers import StableDiffusionImg2ImgPipeline
     sd = small("sd", tokenizer)
     other = StableDiffusionImg2ImgPipeline(**sd.components, requires_safety_checker=False)
-    with pytest.raises(TypeError, match=r"StableDiffusion3Pipeline.* are\..*register_family"): make_objective(other)
+    with pytest.raises(TypeError, match=r"StableDiffusion3Pipeline.* are\..*register_family"):
+        make_objective(other)
     with pytest.raises(TypeError, match="register_family"): generate(other, "a rose")
 
 
 def test_adapters_that_do_not_fit(tokenizer, tmp_path):
     save_lora(small("sd3", tokenizer, lora=True), tmp_path)
     small("sd", tokenizer).save_pretrained(tmp_path / "sd")
-    with pytest.raises(ValueError, match="do not fit UNet2DConditionModel.*Load them into the pipeline that they were trained for"): load_pipeline(tmp_path / "sd", lora=tmp_path)
-    with pytest.raises(OSError, match="cannot be fetched"): load_pipeline(tmp_path / "sd", lora="nobody/nothing")
+    with pytest.raises(
+        ValueError,
+        match="do not fit UNet2DConditionModel.*Load them into the pipeline that they were trained for",
+    ):
+        load_pipeline(tmp_path / "sd", lora=tmp_path)
+    with pytest.raises(OSError, match="cannot be fetched"):
+        load_pipeline(tmp_path / "sd", lora="nobody/nothing")
     assert any("lora_" in name for name in make_objective(load_pipeline_with(tokenizer, tmp_path)).parameters)
 
 
@@ -341,7 +470,8 @@ def load_pipeline_with(tokenizer, folder):
 
 
 def test_no_parameters_to_train(tokenizer, mixture):
-    with pytest.raises(ValueError, match="no parameter matches"): finetune(small("sd3", tokenizer), mixture, steps=1, parameters="*lora*", progress=False)
+    with pytest.raises(ValueError, match="no parameter matches"):
+        finetune(small("sd3", tokenizer), mixture, steps=1, parameters="*lora*", progress=False)
 
 
 @pytest.mark.parametrize("name, offline", [("sd14-lora", "tiny-sd-lora"), ("sd3-medium-lora", "tiny-sd3-lora"), ("sd3-medium-full", "tiny-sd3-full"), ("nobody/nothing", "tiny-sd3-lora")])
@@ -351,31 +481,50 @@ def test_the_hub_is_out_of_reach(name, offline):
 
 @pytest.mark.parametrize("family", ["sd", "sd3"])
 def test_a_hub_repository_of_the_same_shape(family, tokenizer, mixture, tmp_path, monkeypatch):
-    """The names of real models, their repositories replaced by local ones: new or published adapters, the recipe's image size."""
+    """The names of real models, their repositories replaced by local ones: new or published adapters, the
+    recipe's image size.
+    """
     import dmin.pipelines as pipelines
     small(family, tokenizer).save_pretrained(tmp_path / "hub")
     name = "sd14-lora" if family == "sd" else "sd3-medium-lora"
     save_lora(small(family, tokenizer, lora=True), tmp_path / "lora")
     monkeypatch.setattr(pipelines, "locate_pipeline", lambda name: str(tmp_path / "hub"))
     with pytest.MonkeyPatch.context() as m:
-        m.setitem(pipelines.PIPELINES, name, __import__("dataclasses").replace(pipelines.PIPELINES[name], lora=None if family == "sd" else str(tmp_path / "lora")))
+        m.setitem(
+            pipelines.PIPELINES,
+            name,
+            __import__("dataclasses").replace(
+                pipelines.PIPELINES[name], lora=None if family == "sd" else str(tmp_path / "lora")))
         if family == "sd":
             with pytest.warns(UserWarning, match="as it was published"): pipe = load_pipeline(name)
         else: pipe = load_pipeline(name)
     objective = make_objective(pipe)
-    assert objective.size == (512, 512) and all("lora_" in n for n in objective.parameters) and network(pipe).peft_config["default"].r == 4
+    assert (
+        objective.size == (512, 512)
+        and all("lora_" in n for n in objective.parameters)
+        and network(pipe).peft_config["default"].r == 4)
 
 
 def test_recipes_are_the_papers():
     from dmin.core.runtime import data_folder
     from dmin.pipelines import PIPELINES
-    names = {"SD 1.4 (LoRA)": "sd14-lora", "SD 3 Medium (LoRA)": "sd3-medium-lora", "SD 3 Medium (Full)": "sd3-medium-full"}
-    with open(data_folder() / "published" / "dmin_table7_training.csv") as f: published = {r["model"]: r for r in csv.DictReader(f)}
+    names = {
+        "SD 1.4 (LoRA)": "sd14-lora",
+        "SD 3 Medium (LoRA)": "sd3-medium-lora",
+        "SD 3 Medium (Full)": "sd3-medium-full"}
+    with open(data_folder() / "published" / "dmin_table7_training.csv") as f:
+        published = {r["model"]: r for r in csv.DictReader(f)}
     assert published.keys() == names.keys()
     for model, row in published.items():
         r = PIPELINES[names[model]].recipe
-        assert (r.lr, r.batch_size, r.epochs, r.size, r.precision) == (float(row["learning_rate"]), int(row["batch_size"]), int(row["epochs"]), int(row["image_size"]), row["precision"])
-        assert (str(r.rank or ""), str(r.alpha or "")) == (row["lora_rank"], row["lora_alpha"]) and (not r.rank or " ".join(r.targets) == row["lora_target_layers"])
+        assert (r.lr, r.batch_size, r.epochs, r.size, r.precision) == (
+            float(row["learning_rate"]),
+            int(row["batch_size"]),
+            int(row["epochs"]),
+            int(row["image_size"]),
+            row["precision"])
+        assert (str(r.rank or ""), str(r.alpha or "")) == (row["lora_rank"], row["lora_alpha"]) and (
+            not r.rank or " ".join(r.targets) == row["lora_target_layers"])
 
 
 def test_fingerprint_knows_encoders_and_scales(tokenizer):

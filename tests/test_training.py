@@ -1,4 +1,6 @@
-"""A training run that is killed and started again in another process ends with the weights it would have had."""
+"""A training run that is killed and started again in another process ends with the weights it would have had.
+
+"""
 import os
 import signal
 import subprocess
@@ -16,12 +18,16 @@ print("weights", hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in p
 """
 
 
-def run(folder): return subprocess.run([sys.executable, "-c", RUN, str(folder)], capture_output=True, text=True, check=True).stdout.split("\n")
+def run(folder):
+    return subprocess.run(
+        [sys.executable, "-c", RUN, str(folder)], capture_output=True, text=True, check=True
+    ).stdout.split("\n")
 
 
 def test_killed_and_resumed(tmp_path):
     whole = run(tmp_path / "whole")
-    process = subprocess.Popen([sys.executable, "-c", RUN, str(tmp_path / "killed")], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", RUN, str(tmp_path / "killed")], stdout=subprocess.PIPE, text=True)
     for line in process.stdout:
         if line == "step 7\n": break
     os.kill(process.pid, signal.SIGKILL)

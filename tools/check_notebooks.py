@@ -1,4 +1,6 @@
-"""Checks that what is committed agrees: clean notebooks, dmin/ as exported from them and with all its names, README.md as made from nbs/index.ipynb."""
+"""Checks that what is committed agrees: clean notebooks, dmin/ as exported from them and with all its names,
+README.md as made from nbs/index.ipynb.
+"""
 import difflib
 import os
 import shutil
@@ -20,10 +22,16 @@ def unclean(path: Path) -> list[str]:
     """What nbdev_clean would change, and what failed when the notebook ran."""
     cfg, text = get_config(), path.read_text(encoding="utf-8")
     nb = loads(text)
-    found = [f"cell {i} holds an error: mend it and run the notebook again" for i, cell in enumerate(nb["cells"])
-             if any(o["output_type"] == "error" for o in cell.get("outputs", []))]
-    clean_nb(nb, cfg.clear_all, cfg.get("allowed_metadata_keys", "").split(), cfg.get("allowed_cell_metadata_keys", "").split(),
-             cfg.clean_ids)
+    found = [
+        f"cell {i} holds an error: mend it and run the notebook again"
+        for i, cell in enumerate(nb["cells"])
+        if any(o["output_type"] == "error" for o in cell.get("outputs", []))]
+    clean_nb(
+        nb,
+        cfg.clear_all,
+        cfg.get("allowed_metadata_keys", "").split(),
+        cfg.get("allowed_cell_metadata_keys", "").split(),
+        cfg.clean_ids)
     if nb2str(nb) != text: found.append("is not clean: run nbdev_clean")
     return [f"{path.relative_to(ROOT)} {what}" for what in found]
 
@@ -31,7 +39,10 @@ def unclean(path: Path) -> list[str]:
 def fresh_export(folder: Path) -> Path:
     """The package exported from the notebooks into an empty folder."""
     shutil.copy(ROOT / "settings.ini", folder)
-    shutil.copytree(ROOT / "nbs", folder / "nbs", ignore=lambda d, names: [n for n in names if Path(d, n).is_file() and not n.endswith(".ipynb")])
+    shutil.copytree(
+        ROOT / "nbs",
+        folder / "nbs",
+        ignore=lambda d, names: [n for n in names if Path(d, n).is_file() and not n.endswith(".ipynb")])
     os.chdir(folder)
     get_config.cache_clear()
     try: nbdev_export()
@@ -43,8 +54,10 @@ def fresh_export(folder: Path) -> Path:
 
 def files(folder: Path) -> dict[str, list[str]]:
     """Path -> lines, of all files but compiled ones."""
-    return {str(p.relative_to(folder)): p.read_text(encoding="utf-8").splitlines() for p in sorted(folder.rglob("*"))
-            if p.is_file() and "__pycache__" not in p.parts}
+    return {
+        str(p.relative_to(folder)): p.read_text(encoding="utf-8").splitlines()
+        for p in sorted(folder.rglob("*"))
+        if p.is_file() and "__pycache__" not in p.parts}
 
 
 def unlike_export() -> list[str]:
@@ -55,22 +68,35 @@ def unlike_export() -> list[str]:
         if name not in fresh: found.append(f"dmin/{name} is exported by no notebook: remove it")
         elif name not in here: found.append(f"dmin/{name} is missing: run make export")
         elif here[name] != fresh[name]:
-            diff = difflib.unified_diff(here[name], fresh[name], f"dmin/{name}", "as exported from its notebook", lineterm="", n=0)
-            found.append("\n    ".join([f"dmin/{name} differs from its notebook: edit the notebook and run make export", *list(diff)[:12]]))
+            diff = difflib.unified_diff(
+                here[name], fresh[name], f"dmin/{name}", "as exported from its notebook", lineterm="", n=0)
+            found.append(
+                "\n    ".join(
+                    [
+                        f"dmin/{name} differs from its notebook: edit the notebook and run make export",
+                        *list(diff)[:12]]))
     return found
 
 
 def careless_names() -> list[str]:
-    """Names that a module of dmin/ uses and does not have, which a notebook with more imports would hide, or imports and does not use."""
-    said = subprocess.run([sys.executable, "-m", "pyflakes", "dmin"], capture_output=True, text=True).stdout.splitlines()
+    """Names that a module of dmin/ uses and does not have, which a notebook with more imports would hide, or
+    imports and does not use.
+    """
+    said = subprocess.run(
+        [sys.executable, "-m", "pyflakes", "dmin"], capture_output=True, text=True
+    ).stdout.splitlines()
     return [f"{line}: see the exported imports of its notebook" for line in said if "__init__.py" not in line]
 
 
 def unlike_readme() -> list[str]:
     """Where README.md and its pictures differ from what nbs/index.ipynb makes."""
     fresh = make_readme()
-    here = {p.relative_to(ROOT).as_posix() for p in [ROOT / "README.md", *(ROOT / "index_files").glob("*")] if p.exists()}
-    stale = {name for name in here if name not in fresh} | {n for n, c in fresh.items() if n not in here or (ROOT / n).read_bytes() != c}
+    here = {
+        p.relative_to(ROOT).as_posix()
+        for p in [ROOT / "README.md", *(ROOT / "index_files").glob("*")]
+        if p.exists()}
+    stale = {name for name in here if name not in fresh} | {
+        n for n, c in fresh.items() if n not in here or (ROOT / n).read_bytes() != c}
     return [f"{name} differs from what nbs/index.ipynb makes: run make readme" for name in sorted(stale)]
 
 

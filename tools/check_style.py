@@ -1,8 +1,9 @@
-"""The style rules of the notebooks that a program can see: `python tools/check_style.py [notebook …]`; without one, all of them.
+"""The style rules of the notebooks that a program can see: `python tools/check_style.py [notebook …]`;
+without one, all of them.
 
-Lines of at most 110 columns; export cells of at most 25 lines; nothing with `_` imported from another module; no method attached
-from outside its class; `raise` on a line of its own; nothing on standard error in committed outputs. The paper's notebooks are
-only checked for what they import, attach and print.
+Lines of at most 110 columns; export cells of at most 25 lines; nothing with `_` imported from another module;
+no method attached from outside its class; `raise` on a line of its own; nothing on standard error in
+committed outputs. The paper's notebooks are only checked for what they import, attach and print.
 """
 import ast
 import json
@@ -16,15 +17,46 @@ COLUMNS, LINES = 110, 25
 # Export cells that are longer, and the number of lines that each may have.
 LONG = {
     # classes, which stand whole in a cell: short methods, with their docstrings
-    "Objective": 73, "LatentObjective": 55, "PromptedObjective": 40, "StableDiffusion3Objective": 45, "DDPMObjective": 31,
-    "DiTObjective": 28, "Sink": 34, "PerSampleGradients": 55, "Manifest": 30, "ShardFiles": 39, "ShardFolder": 127, "Store": 106,
-    "Ranking": 41, "Scores": 47, "Index": 44, "Kernel": 31, "TRAK": 31, "WhitenedDMin": 34, "Curvature": 36, "KFAC": 45,
-    "Retrained": 65, "DigitClassifier": 42, "RetrainingBenchmark": 62, "Study": 44, "StoreCache": 40, "TextToImageSetup": 56,
-    "UnconditionalSetup": 60, "RetrainingSetup": 57,
+    "Objective": 73,
+    "LatentObjective": 55,
+    "PromptedObjective": 40,
+    "StableDiffusion3Objective": 45,
+    "DDPMObjective": 31,
+    "DiTObjective": 28,
+    "Sink": 34,
+    "PerSampleGradients": 55,
+    "Manifest": 30,
+    "ShardFiles": 39,
+    "ShardFolder": 127,
+    "Store": 106,
+    "Ranking": 41,
+    "Scores": 47,
+    "Index": 44,
+    "Kernel": 31,
+    "TRAK": 31,
+    "WhitenedDMin": 34,
+    "Curvature": 36,
+    "KFAC": 45,
+    "Retrained": 65,
+    "DigitClassifier": 42,
+    "RetrainingBenchmark": 62,
+    "Study": 44,
+    "StoreCache": 40,
+    "TextToImageSetup": 56,
+    "UnconditionalSetup": 60,
+    "RetrainingSetup": 57,
     # functions whose arguments are explained one a line
-    "fit": 34, "finetune": 33, "sample_gradients": 39, "collect": 45, "counterfactual": 28,
+    "fit": 34,
+    "finetune": 33,
+    "sample_gradients": 39,
+    "collect": 45,
+    "counterfactual": 28,
     # configurations of tiny models
-    "tiny_unet": 31, "tiny_vae": 30, "tiny_sd": 26, "tiny_sd3": 28, "tiny_ldm": 35}
+    "tiny_unet": 31,
+    "tiny_vae": 30,
+    "tiny_sd": 26,
+    "tiny_sd3": 28,
+    "tiny_ldm": 35}
 
 
 def code_of(source: str) -> ast.Module | None:
@@ -44,19 +76,28 @@ def first_name(tree: ast.Module) -> str:
 
 def long_lines(source: str) -> list[str]:
     """Rows of Markdown tables and addresses cannot be broken."""
-    lines = [x for x in source.split("\n") if len(x) > COLUMNS and not x.lstrip().startswith("|") and "](http" not in x]
+    lines = [
+        x
+        for x in source.split("\n")
+        if len(x) > COLUMNS and not x.lstrip().startswith("|") and "](http" not in x]
     return [f"a line of {len(x)} columns: {x.strip()[:60]}…" for x in lines]
 
 
 def private_imports(tree: ast.Module) -> list[str]:
     """Names with `_` that belong to another module of the package."""
-    nodes = [n for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and (n.module or "").split(".")[0] == "dmin"]
-    return [f"imports {name.name} from {n.module}" for n in nodes for name in n.names if name.name.startswith("_")]
+    nodes = [
+        n
+        for n in ast.walk(tree)
+        if isinstance(n, ast.ImportFrom) and (n.module or "").split(".")[0] == "dmin"]
+    return [
+        f"imports {name.name} from {n.module}" for n in nodes for name in n.names if name.name.startswith("_")
+    ]
 
 
 def attached(tree: ast.Module) -> list[str]:
     """`Class.method = …` outside the class."""
-    targets = [t for n in tree.body if isinstance(n, ast.Assign) for t in n.targets for t in getattr(t, "elts", [t])]
+    targets = [
+        t for n in tree.body if isinstance(n, ast.Assign) for t in n.targets for t in getattr(t, "elts", [t])]
     return [f"attaches {ast.unparse(t)} from outside" for t in targets
             if isinstance(t, ast.Attribute) and isinstance(t.value, ast.Name) and t.value.id[:1].isupper()]
 
@@ -77,7 +118,8 @@ def faults(path: Path) -> list[str]:
         if cell["cell_type"] == "code":
             tree = code_of(source)
             if tree is not None: here += code_faults(tree, source, paper)
-            here += ["its output has standard error"] * any(o.get("name") == "stderr" for o in cell["outputs"])
+            here += ["its output has standard error"] * any(
+                o.get("name") == "stderr" for o in cell["outputs"])
         found += [f"cell {i}: {what}" for what in here]
     return found
 
@@ -99,7 +141,8 @@ def check(paths: list[Path]) -> list[str]:
 
 if __name__ == "__main__":
     given = [Path(x).resolve() for x in sys.argv[1:]]
-    found = check(given or [p for p in sorted((ROOT / "nbs").rglob("*.ipynb")) if ".ipynb_checkpoints" not in p.parts])
+    found = check(
+        given or [p for p in sorted((ROOT / "nbs").rglob("*.ipynb")) if ".ipynb_checkpoints" not in p.parts])
     for what in found: print(what)
     if not given:
         for name, n in Counter(x.split(" ")[0] for x in found).most_common(): print(f"{n:4}  {name}")

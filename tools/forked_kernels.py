@@ -1,9 +1,11 @@
-"""Kernels that start at once, for running many notebooks: libraries are imported by one process, which forks a kernel for each.
+"""Kernels that start at once, for running many notebooks: libraries are imported by one process, which forks
+a kernel for each.
 
     python tools/forked_kernels.py pytest --nbmake --nbmake-kernel=forked nbs
 
-Runs a command that finds the kernel `forked` beside its own. Each notebook still has a process of its own, with nothing defined
-in it; only what `import` would have loaded is in memory already. For systems that can fork.
+Runs a command that finds the kernel `forked` beside its own. Each notebook still has a process of its own,
+with nothing defined in it; only what `import` would have loaded is in memory already. For systems that can
+fork.
 """
 import json
 import os
@@ -16,11 +18,29 @@ import tempfile
 from pathlib import Path
 
 LIBRARIES = (
-    "numpy", "torch", "PIL.Image", "pandas", "datasets", "scipy.stats", "skimage.metrics", "transformers", "peft", "accelerate",
-    "diffusers", "diffusers.pipelines.ddpm", "diffusers.pipelines.ddim", "diffusers.training_utils",
-    "diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion", "matplotlib.pyplot", "matplotlib_inline.backend_inline",
-    "diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3", "torch.utils.flop_counter", "hnswlib",
-    "ipykernel.kernelapp", "IPython.core.completer", "fastcore.test")
+    "numpy",
+    "torch",
+    "PIL.Image",
+    "pandas",
+    "datasets",
+    "scipy.stats",
+    "skimage.metrics",
+    "transformers",
+    "peft",
+    "accelerate",
+    "diffusers",
+    "diffusers.pipelines.ddpm",
+    "diffusers.pipelines.ddim",
+    "diffusers.training_utils",
+    "diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion",
+    "matplotlib.pyplot",
+    "matplotlib_inline.backend_inline",
+    "diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3",
+    "torch.utils.flop_counter",
+    "hnswlib",
+    "ipykernel.kernelapp",
+    "IPython.core.completer",
+    "fastcore.test")
 
 
 def ask(path: str, connection_file: str) -> int:
@@ -31,7 +51,8 @@ def ask(path: str, connection_file: str) -> int:
         socket.send_fds(server, [json.dumps(request).encode() + b"\n"], [0, 1, 2])
         answers = server.makefile()
         kernel = int(answers.readline())
-        for number in (signal.SIGINT, signal.SIGTERM): signal.signal(number, lambda n, frame: os.kill(kernel, n))
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda n, frame: os.kill(kernel, n))
         return int(answers.readline() or 1)
 
 
@@ -100,11 +121,20 @@ def main(command: list[str]) -> int:
         path = f"{folder}/socket"
         listener.bind(path)
         listener.listen()
-        argv = [sys.executable, "-I", "-S", str(Path(__file__).resolve()), "--kernel", path, "{connection_file}"]
+        argv = [
+            sys.executable,
+            "-I",
+            "-S",
+            str(Path(__file__).resolve()),
+            "--kernel",
+            path,
+            "{connection_file}"]
         kernels = Path(folder) / "kernels/forked"
         kernels.mkdir(parents=True)
-        (kernels / "kernel.json").write_text(json.dumps({"argv": argv, "display_name": "forked", "language": "python"}))
-        started = subprocess.Popen(command, env=os.environ | {"JUPYTER_PATH": folder, "JUPYTER_PREFER_ENV_PATH": "0"})
+        (kernels / "kernel.json").write_text(
+            json.dumps({"argv": argv, "display_name": "forked", "language": "python"}))
+        started = subprocess.Popen(
+            command, env=os.environ | {"JUPYTER_PATH": folder, "JUPYTER_PREFER_ENV_PATH": "0"})
         for name in LIBRARIES: __import__(name)
         return serve(listener, started)
 

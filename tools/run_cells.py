@@ -3,7 +3,8 @@
     torchrun --nproc-per-node 2 tools/run_cells.py nbs/paper/table_2.ipynb
     accelerate launch --multi_gpu tools/run_cells.py nbs/paper/table_2.ipynb
 
-Every process runs every cell; `collect` and `RetrainingBenchmark.build` divide their work, and the first process writes the result.
+Every process runs every cell; `collect` and `RetrainingBenchmark.build` divide their work, and the first
+process writes the result.
 """
 import os
 import sys
@@ -20,4 +21,7 @@ if __name__ == "__main__":
     names = {"__name__": "__main__", "display": print}
     for i, cell in enumerate(nbformat.read(path, as_version=4).cells):
         if cell.cell_type == "code": exec(compile(cell.source, f"{path.name}, cell {i}", "exec"), names)
-    print(f"{path.name} ran in process {int(os.environ.get('RANK', 0)) + 1} of {os.environ.get('WORLD_SIZE', 1)}")
+    print(
+        f"{path.name} ran in process {int(os.environ.get('RANK', 0)) + 1} of"
+        f" {os.environ.get('WORLD_SIZE', 1)}"
+    )

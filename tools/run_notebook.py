@@ -3,7 +3,8 @@
     python tools/run_notebook.py nbs/tutorials/quickstart.ipynb --output out/quickstart.ipynb
     python tools/run_notebook.py --inplace nbs            # a folder: all notebooks in it, sorted
 
-Notebooks find the folder for what they make in the environment variable DMIN_OUT, which is the folder of `--output` if given.
+Notebooks find the folder for what they make in the environment variable DMIN_OUT, which is the folder of
+`--output` if given.
 """
 import argparse
 import os
@@ -38,8 +39,15 @@ def run(path: Path, output: Path, timeout: int | None) -> bool:
     nb = nbformat.read(path, as_version=4)
     nb.metadata.setdefault("kernelspec", {"name": "python3", "display_name": "python3", "language": "python"})
     nb.metadata.pop("widgets", None)
-    client = NotebookClient(nb, timeout=timeout, kernel_name="python3", store_widget_state=False, coalesce_streams=True, on_cell_executed=echo,
-                            extra_arguments=["--log-level=40"], resources={"metadata": {"path": str(path.parent)}})
+    client = NotebookClient(
+        nb,
+        timeout=timeout,
+        kernel_name="python3",
+        store_widget_state=False,
+        coalesce_streams=True,
+        on_cell_executed=echo,
+        extra_arguments=["--log-level=40"],
+        resources={"metadata": {"path": str(path.parent)}})
     start, error = time.perf_counter(), None
     try: client.execute()
     except (CellExecutionError, CellTimeoutError, DeadKernelError) as e: error = e
@@ -51,7 +59,10 @@ def run(path: Path, output: Path, timeout: int | None) -> bool:
         output.parent.mkdir(parents=True, exist_ok=True)
         nbformat.write(nb, output)
     if error: print(f"{path} failed:\n{error}", file=sys.stderr)
-    else: print(f"{path} ran in {time.perf_counter() - start:.0f} s; with its outputs it is in {output}", flush=True)
+    else:
+        print(
+            f"{path} ran in {time.perf_counter() - start:.0f} s; with its outputs it is in {output}",
+            flush=True)
     return error is None
 
 
@@ -61,7 +72,8 @@ def notebooks(paths: list[Path]) -> list[Path]:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("paths", nargs="+", type=Path)
     where = parser.add_mutually_exclusive_group(required=True)
     where.add_argument("--output", type=Path, help="where the one notebook goes with its outputs")

@@ -1,12 +1,13 @@
 """Runs the notebooks of nbs/paper, one after another, and sums up what each found.
 
-    python tools/run_paper.py                          # all, in the preset that DMIN_PRESET names, mini by default
-    python tools/run_paper.py table_2 figure_1         # some
-    python tools/run_paper.py --again                  # also those that are done
+python tools/run_paper.py                          # all, in the preset that DMIN_PRESET names, mini by
+default python tools/run_paper.py table_2 figure_1         # some python tools/run_paper.py --again
+# also those that are done
 
 Executed notebooks and summary.md go to out/paper/<preset>, stores to out (smoke: to out/smoke), numbers to
-results/<preset> (smoke: to out/smoke/results); DMIN_OUT, if set, takes the place of out and out/smoke. What is done is not done again, unless its notebook or the
-package has changed since; a run that was stopped goes on with the first notebook that is not done, and that one with what it had collected.
+results/<preset> (smoke: to out/smoke/results); DMIN_OUT, if set, takes the place of out and out/smoke. What
+is done is not done again, unless its notebook or the package has changed since; a run that was stopped goes
+on with the first notebook that is not done, and that one with what it had collected.
 """
 import argparse
 import hashlib
@@ -28,17 +29,33 @@ def digest(notebook: Path) -> str:
     found = hashlib.sha256()
     for cell in nbformat.read(notebook, as_version=4).cells:
         if cell.cell_type == "code": found.update(cell.source.encode() + b"\n")
-    for path in sorted([*ROOT.glob("dmin/**/*.py"), *ROOT.glob("data/published/*.csv")]): found.update(path.read_bytes())
+    for path in sorted([*ROOT.glob("dmin/**/*.py"), *ROOT.glob("data/published/*.csv")]):
+        found.update(path.read_bytes())
     return found.hexdigest()[:16]
 
 
 def summary(done: dict, preset: str, about: str) -> str:
     """Markdown: what took how long, and each claim's status."""
-    lines = [f"# Paper notebooks, preset {preset}", "", about, "", "| notebook | seconds | claims |", "|---|---|---|"]
+    lines = [
+        f"# Paper notebooks, preset {preset}",
+        "",
+        about,
+        "",
+        "| notebook | seconds | claims |",
+        "|---|---|---|"]
     for name, entry in done.items():
-        lines.append(f"| {name} | {entry['seconds']:.0f} | " + ("; ".join(f"{c['text']}: {c['status']} ({c['measured']})" for c in entry["claims"]) if entry["ok"] else "**failed**") + " |")
+        lines.append(
+            f"| {name} | {entry['seconds']:.0f} | "
+            + (
+                "; ".join(f"{c['text']}: {c['status']} ({c['measured']})" for c in entry["claims"])
+                if entry["ok"]
+                else "**failed**")
+            + " |")
     statuses = [c["status"] for entry in done.values() for c in entry["claims"]]
-    lines += ["", f"{len(done)} notebooks, {sum(e['seconds'] for e in done.values()) / 60:.0f} min; " + ", ".join(f"{statuses.count(s)} {s}" for s in dict.fromkeys(statuses))]
+    lines += [
+        "",
+        f"{len(done)} notebooks, {sum(e['seconds'] for e in done.values()) / 60:.0f} min; "
+        + ", ".join(f"{statuses.count(s)} {s}" for s in dict.fromkeys(statuses))]
     return "\n".join(lines) + "\n"
 
 
@@ -49,10 +66,16 @@ def places(preset: str, chosen: str | None) -> tuple[Path, Path]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", help="of notebooks, without .ipynb; all by default")
     parser.add_argument("--again", action="store_true", help="also run what is done")
-    parser.add_argument("--record-times", action="store_true", help="keep the seconds in results/times.json, which the claims table shows; only after a run from empty folders")
+    parser.add_argument(
+        "--record-times",
+        action="store_true",
+        help="keep the seconds in results/times.json, which the claims table shows; only after a run from"
+             " empty folders",
+    )
     args = parser.parse_args()
 
     preset = os.environ.setdefault("DMIN_PRESET", "mini")
@@ -63,7 +86,8 @@ def main() -> int:
     from dmin.core.runtime import machine
     from dmin.reproduction.results import results_folder
     names = paper_notebooks()
-    if unknown := [n for n in args.names if n not in names]: parser.error(f"there is no notebook {unknown[0]!r} in nbs/paper; there are {', '.join(names)}")
+    if unknown := [n for n in args.names if n not in names]:
+        parser.error(f"there is no notebook {unknown[0]!r} in nbs/paper; there are {', '.join(names)}")
 
     folder.mkdir(parents=True, exist_ok=True)
     record, m = folder / "done.json", machine()
@@ -83,11 +107,15 @@ def main() -> int:
         record.write_text(json.dumps(done, indent=1))
     ordered = {n: done[n] for n in names if n in done}
     (folder / "summary.md").write_text(summary(ordered, preset, about))
-    print("\n" + summary(ordered, preset, about) + f"\nExecuted notebooks and this summary are in {folder}, numbers in {results_folder()}.")
+    print(
+        "\n"
+        + summary(ordered, preset, about)
+        + f"\nExecuted notebooks and this summary are in {folder}, numbers in {results_folder()}.")
     if args.record_times:
         path = results_root() / "times.json"
         times = json.loads(path.read_text()) if path.exists() else {}
-        seconds = times.get(preset, {}).get("seconds", {}) | {n: e["seconds"] for n, e in ordered.items() if e["ok"]}
+        seconds = times.get(preset, {}).get("seconds", {}) | {
+            n: e["seconds"] for n, e in ordered.items() if e["ok"]}
         path.write_text(json.dumps(times | {preset: {"machine": about, "seconds": seconds}}, indent=1) + "\n")
     return 0 if all(done[n]["ok"] for n in args.names or names) else 1
 
