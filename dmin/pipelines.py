@@ -303,7 +303,7 @@ def generate(
     prompts_or_n: int | str | Sequence = 1,   # how many images; or prompts or labels, a data set of them too
     *,
     seed: int = 0,                  # image i is made from `seed + i`
-    steps: int | None = None,       # denoising steps; by default the family's: DDPM 50, SD 30, SD 3 28
+    steps: int | None = None,       # denoising steps; by default the family's
     batch_size: int | None = None,  # images at a time; changes no image by more than a rounding
     progress: bool = True,          # show a bar
     **options,                      # of the family's sampler: guidance_scale and size for text to image

@@ -5,6 +5,7 @@ Pictures go to index_files/. It works on a copy of the one notebook, so it takes
 Quarto.
 """
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -48,6 +49,14 @@ def tidy(nb: nbformat.NotebookNode) -> None:
         cell.source = "\n".join(line for line in lines if not line.startswith("#|"))
 
 
+def from_root(text: str) -> str:
+    """Markdown whose links lead from the root of the repository, not from nbs/."""
+    def target(match):
+        path = match[1]
+        return f"]({path.removeprefix('../') if path.startswith('../') else f'nbs/{path}'})"
+    return re.sub(r"\]\((?!https?:|#|data:)([^)\s]+)\)", target, text)
+
+
 def make_readme() -> dict[str, bytes]:
     """README.md and its pictures: path from the root of the repository -> content."""
     index = ROOT / "nbs" / "index.ipynb"
@@ -56,6 +65,8 @@ def make_readme() -> dict[str, bytes]:
     tidy(nb)
     nb.metadata["language_info"] = {"name": "python"}
     exporter = MarkdownExporter(config=Config(NbConvertBase={"display_data_priority": PRIORITY}))
+    for cell in nb.cells:
+        if cell.cell_type == "markdown": cell.source = from_root(cell.source)
     text, resources = exporter.from_notebook_node(nb, resources={"output_files_dir": "index_files"})
     note = "<!-- Made from nbs/index.ipynb by `make readme`: edit the notebook. -->\n\n"
     return {"README.md": (note + text.strip() + "\n").encode(), **resources["outputs"]}

@@ -50,7 +50,7 @@ def register_family(
 
 # %% ../../nbs/core/10_registry.ipynb #788db070
 def register_objective(*pipelines: str):
-    """Class decorator: an objective is the loss of these pipeline classes; images are made elsewhere."""
+    """Class decorator: a loss of these pipeline classes alone; their images are made elsewhere."""
     def register(objective):
         register_family(*pipelines, objective=objective)
         return objective

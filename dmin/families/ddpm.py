@@ -110,9 +110,7 @@ def tiny_ddpm(
     layers: int = 1,                           # residual blocks a level
     seed: int = 0,                             # of the weights
 ):
-    """An untrained `DDPMPipeline` around `tiny_unet`, of the configuration that is shipped as `ddpm-mnist`.
-
-    """
+    """An untrained `DDPMPipeline` around `tiny_unet`, configured as the shipped `ddpm-mnist`."""
     from diffusers import DDPMPipeline, DDPMScheduler
 
     scheduler = DDPMScheduler(num_train_timesteps=1000, timestep_spacing="trailing")

@@ -1,4 +1,4 @@
-"""States that a review found to change results or to end in a library's own error."""
+"""States of pipelines, stores and training that change results unless they are noticed."""
 import os
 from pathlib import Path
 

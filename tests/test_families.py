@@ -1,0 +1,68 @@
+"""Every family that announces itself: its tiny pipeline is collected, sampled and asked, with autograd's gradients."""
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dmin import collect, generate, make_objective, register_objective
+from dmin.core.compression import NoCompression
+from dmin.core.gradients import flatten_like_gradient, sample_gradients
+from dmin.core.images import as_samples
+from dmin.core.objective import Objective
+from dmin.core.registry import FAMILIES, pipeline_family
+
+FAMILY_NAMES = ("DDPMPipeline", "LDMPipeline", "DiTPipeline", "StableDiffusionPipeline", "StableDiffusion3Pipeline")
+CONDITIONS = {"prompt": ["a rose", "a card", "a cup"], "label": [0, 3, 5]}
+
+
+def found(name):
+    """A family by its pipeline's name, once all of them are found."""
+    with pytest.raises(TypeError): pipeline_family(object())
+    return FAMILIES[name]
+
+
+@pytest.fixture(params=FAMILY_NAMES)
+def family(request): return found(request.param)
+
+
+@pytest.fixture
+def pipe(family): return family.tiny()
+
+
+@pytest.fixture
+def rows(family, pipe):
+    """Three images of random pixels, of the size and mode that the pipeline wants."""
+    objective, rng = make_objective(pipe), np.random.default_rng(0)
+    height, width = getattr(objective, "size", objective.shape[1:])
+    shape = (height, width) if objective.shape[0] == 1 else (height, width, 3)
+    columns = {"image": [Image.fromarray(rng.integers(0, 256, shape, dtype=np.uint8)) for _ in range(3)]}
+    if family.condition: columns[family.condition] = CONDITIONS[family.condition]
+    return as_samples([dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)])
+
+
+def test_gradients_are_autograds(pipe, rows):
+    objective, t = make_objective(pipe), torch.tensor([400])
+    parameters = list(objective.parameters.values())
+    engine = sample_gradients(objective, rows, t, NoCompression(sum(p.numel() for p in parameters)))
+    encoded = objective.encode(rows[:])
+    noise = objective.draw_noise([400])[:, 0]
+    for i in range(3):
+        loss = objective.loss({name: x[i:i + 1] for name, x in encoded.items()}, t, noise).sum()
+        gradients = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
+        exact = torch.cat([flatten_like_gradient(g).flatten() for g in gradients])
+        assert (engine.compressed[i, 0] - exact).norm() < 1e-5 * exact.norm()
+
+
+def test_collected_sampled_and_asked(family, pipe, rows, tmp_path):
+    store = collect(pipe, rows, tmp_path, v=2**12, timesteps=2, progress=False)
+    assert store.influence(rows[1]).top(1).rows.item() == 1
+    images = generate(pipe, CONDITIONS[family.condition][:1] if family.condition else 1, steps=2, progress=False)
+    assert store.influence(images).values.isfinite().all()
+
+
+def test_an_objective_alone():
+    """A loss may be announced for pipelines whose images are made elsewhere."""
+    @register_objective("NobodysPipeline")
+    class NobodysObjective(Objective): pass
+    try: assert FAMILIES["NobodysPipeline"].objective is NobodysObjective and FAMILIES["NobodysPipeline"].sample is None
+    finally: del FAMILIES["NobodysPipeline"]
