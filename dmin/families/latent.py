@@ -105,8 +105,8 @@ def _check_prompts(samples, names=None) -> list[str]:
     if "prompt" not in columns:
         raise ValueError(
             "the samples have no column 'prompt', which this pipeline needs; their columns are"
-            f" {', '.join(columns)}. Give a row as {{'image': …, 'prompt': 'a red rose'}}, or rename the caption"
-            " column: samples.rename_column('text', 'prompt')")
+            f" {', '.join(columns)}. Give a row as {{'image': …, 'prompt': 'a red rose'}}, or rename the"
+            " caption column: samples.rename_column('text', 'prompt')")
     prompts = list(samples["prompt"])
     for i, prompt in enumerate(prompts):
         if isinstance(prompt, str) and prompt.strip(): continue
@@ -177,9 +177,10 @@ def _check_text_adapters(pipe, model, parameters) -> None:
             f"the adapters of this pipeline are on {where} alone, and gradients are taken of {kind},"
             " which was not trained: parameters='*' counts all of it all the same,"
             " pipe.unload_lora_weights() removes the adapters")
-    apart_in_all = sum(apart.values())
-    warnings.warn(f"{counted:,} numbers of the adapters of {kind} count; the {apart_in_all:,} of those on {where}"
-                  " do not", stacklevel=5)
+    lost = sum(apart.values())
+    lost = sum(apart.values())
+    warnings.warn(f"{counted:,} numbers of the adapters of {kind} count; the {lost:,} of those on {where} do not",
+                  stacklevel=5)
 
 # %% ../../nbs/families/01_latent.ipynb #2a7ba386
 def latent_sizes(model, vae, size=None) -> tuple[tuple[int, int], tuple[int, int, int]]:
