@@ -178,9 +178,8 @@ def _check_text_adapters(pipe, model, parameters) -> None:
             " which was not trained: parameters='*' counts all of it all the same,"
             " pipe.unload_lora_weights() removes the adapters")
     lost = sum(apart.values())
-    lost = sum(apart.values())
-    warnings.warn(f"{counted:,} numbers of the adapters of {kind} count; the {lost:,} of those on {where} do not",
-                  stacklevel=5)
+    warnings.warn(f"{counted:,} numbers of the adapters of {kind} count; the {lost:,} of those on {where} do"
+                  " not", stacklevel=5)
 
 # %% ../../nbs/families/01_latent.ipynb #2a7ba386
 def latent_sizes(model, vae, size=None) -> tuple[tuple[int, int], tuple[int, int, int]]:
