@@ -1,8 +1,11 @@
-"""Checks that what is committed agrees: clean notebooks, dmin/ as exported from them and with all its names,
+"""Checks that what is committed agrees: clean notebooks in the style of the project, dmin/ as exported from them and with all its names,
 README.md as made from nbs/index.ipynb.
 """
 import difflib
+import html
+import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -88,6 +91,30 @@ def careless_names() -> list[str]:
     return [f"{line}: see the exported imports of its notebook" for line in said if "__init__.py" not in line]
 
 
+def words_of(outputs: list[dict]) -> str:
+    """The text of a cell's outputs, without HTML's marks and with single spaces."""
+    found = []
+    for output in outputs:
+        for value in (output.get("text", ""), *output.get("data", {}).values()):
+            if not isinstance(value, dict): found.append(html.unescape("".join(value)))
+    return re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", " ".join(found)))
+
+
+def unlike_results() -> list[str]:
+    """Measured numbers in results/mini that the committed outputs of their paper notebook do not show."""
+    found = []
+    for path in sorted((ROOT / "results" / "mini").glob("*.json")):
+        notebook = ROOT / "nbs" / "paper" / f"{path.stem}.ipynb"
+        if not notebook.exists(): continue
+        cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+        shown = words_of([output for cell in cells for output in cell.get("outputs", [])])
+        for claim in json.loads(path.read_text(encoding="utf-8"))["result"].get("claims", []):
+            measured = re.sub(r"\s+", " ", claim["measured"])
+            if measured in shown: continue
+            found.append(f"{notebook.relative_to(ROOT)} does not show {measured!r}, as {path.name} has it")
+    return found
+
+
 def unlike_readme() -> list[str]:
     """Where README.md and its pictures differ from what nbs/index.ipynb makes."""
     fresh = make_readme()
@@ -104,7 +131,7 @@ if __name__ == "__main__":
     os.chdir(ROOT)
     paths = [p for p in sorted((ROOT / "nbs").rglob("*.ipynb")) if ".ipynb_checkpoints" not in p.parts]
     found = [what for path in paths for what in unclean(path)] + unlike_style(paths)
-    found += unlike_export() + careless_names() + unlike_readme()
+    found += unlike_export() + careless_names() + unlike_results() + unlike_readme()
     for what in found: print(what, file=sys.stderr)
     print(f"{len(paths)} notebooks checked, {len(found)} things to mend", flush=True)
     sys.exit(1 if found else 0)
