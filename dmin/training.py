@@ -198,6 +198,11 @@ class _Run:
     @property
     def step(self) -> int: return len(self.losses)
 
+    def finish_step(self, loss: float, seconds: float) -> None:
+        """One more step is done, so many seconds after the start of the run."""
+        self.losses.append(loss)
+        self.seconds = seconds
+
     def save(self, path: Path, settings: dict) -> None:
         """Writes a checkpoint, whole or not at all. Raises `OSError` that says why it could not."""
         tensors = dict(losses=_doubles(self.losses), seconds=_doubles(self.seconds)) | _tensors(self)
@@ -256,8 +261,8 @@ def _backward(batch: Encoded, loss: Callable, passes: int, accelerator) -> float
 # %% ../nbs/02_training.ipynb #b03b7788
 def _advance(
     run: _Run, batch: Encoded, loss: Callable, rate: float, options: FitOptions, accelerator
-) -> None:
-    """One optimizer step at the learning rate `rate`.
+) -> float:
+    """One optimizer step at the learning rate `rate`; returns the loss.
 
     Raises `FloatingPointError` before a loss or gradient that is not finite reaches the weights.
     """
@@ -272,7 +277,7 @@ def _advance(
             "try a lower lr")
     run.optimizer.step()
     run.average.step(run.parameters.values())
-    run.losses.append(value)
+    return value
 
 # %% ../nbs/02_training.ipynb #42cd74d3
 @contextmanager
@@ -333,8 +338,8 @@ def _steps(
         for step in range(run.step, options.steps):
             torch.manual_seed(_key(options.seed, step, 0))
             rows = _rows(n, size, step, options.seed)
-            _advance(run, batch(rows), loss, rates[step], options, accelerator)
-            run.seconds = time.perf_counter() - start
+            value = _advance(run, batch(rows), loss, rates[step], options, accelerator)
+            run.finish_step(value, time.perf_counter() - start)
             done.set_postfix(loss=f"{np.mean(run.losses[-100:]):.4f}", refresh=False)
             done.update()
             yield step

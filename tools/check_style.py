@@ -42,6 +42,7 @@ LONG = {
     "RetrainingBenchmark": 62,
     "Study": 44,
     "StoreCache": 40,
+    "_Run": 29,
     "TextToImageSetup": 56,
     "UnconditionalSetup": 60,
     "RetrainingSetup": 57,

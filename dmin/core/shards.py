@@ -61,7 +61,7 @@ class Manifest:
     sample_ids: list[str] = field(default_factory=list)   # one a row; see dmin.core.images.sample_ids
     format: int = FORMAT
 
-    def __post_init__(self): _check_fields(self)
+    def __post_init__(self): self.__dict__ |= _checked_fields(self)
 
     @property
     def width(self) -> int:
@@ -77,21 +77,22 @@ class Manifest:
         return hashlib.sha256(json.dumps(self.recipe(), sort_keys=True).encode()).hexdigest()[:16]
 
 # %% ../../nbs/core/12_shards.ipynb #936e4c67
-def _check_fields(m: Manifest) -> None:
-    """Numbers become plain ints. Raises `ValueError` for what cannot be."""
+def _checked_fields(m: Manifest) -> dict:
+    """Its numbers as plain ints. Raises `ValueError` for what cannot be."""
     one_of("dtype", m.dtype, DTYPES)
-    for name in ("shard_size", "noises", "parameters"): setattr(m, name, whole(name, getattr(m, name)))
-    for name in ("noise_seed", "compression_seed"): setattr(m, name, whole_seed(name, getattr(m, name)))
-    if m.v is not None: m.v = whole("v", m.v)
+    numbers = {name: whole(name, getattr(m, name)) for name in ("shard_size", "noises", "parameters")}
+    seeds = {name: whole_seed(name, getattr(m, name)) for name in ("noise_seed", "compression_seed")}
     if not m.timesteps:
         raise ValueError("no timesteps were given: at least one is needed")
-    m.timesteps = [whole("timesteps", t, 0) for t in m.timesteps]
-    if len(set(m.timesteps)) < len(m.timesteps):
-        raise ValueError(f"timesteps {m.timesteps} hold one twice: each counts once")
+    timesteps = [whole("timesteps", t, 0) for t in m.timesteps]
+    if len(set(timesteps)) < len(timesteps):
+        raise ValueError(f"timesteps {timesteps} hold one twice: each counts once")
     texts = {"objective": [m.objective], "model": [m.model], "sample_ids": m.sample_ids}
     for name, values in texts.items():
         if not isinstance(values, list) or any(type(x) is not str for x in values):
             raise ValueError(f"{name} holds something else than text")
+    v = None if m.v is None else whole("v", m.v)
+    return numbers | seeds | {"timesteps": timesteps, "v": v}
 
 # %% ../../nbs/core/12_shards.ipynb #88cc7fdf
 _IN_WORDS = {"model": "model (fingerprint of weights, configuration, noise levels and counted parameters)"}
