@@ -18,6 +18,7 @@ import tempfile
 from pathlib import Path
 
 LIBRARIES = (
+    "dmin",   # first: it keeps the others quiet about what is missing
     "numpy",
     "torch",
     "PIL.Image",
