@@ -23,6 +23,7 @@ import torch
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 
+# %% ../../nbs/core/02_files.ipynb #6017621f
 try: import fcntl
 except ImportError: fcntl = None   # Windows
 
