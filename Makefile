@@ -8,6 +8,8 @@ TORCH_INDEX ?= auto
 PRESET ?= $(or $(DMIN_PRESET),mini)
 # notebooks of `make paper`, such as "table_2 figure_1"; all by default
 ONLY ?=
+# the retraining benchmark that `make benchmark` makes, or goes on with: digits, clipart or prompts
+NAME ?= digits
 # notebooks and tests that run at the same time, one thread each
 JOBS ?= 2
 
@@ -16,13 +18,15 @@ INSTALLED := $(VENV)/.installed
 export JUPYTER_PREFER_ENV_PATH = 1
 unexport MPLBACKEND
 
-.PHONY: help install quickstart paper test export notebooks readme clean
+.PHONY: help install quickstart paper test benchmark keep export notebooks readme clean
 help:
 	@echo 'quickstart  install, run nbs/tutorials/quickstart.ipynb into out/'
 	@echo 'paper       install, run nbs/paper in PRESET=$(PRESET) into out/paper/$(PRESET), sum up; ONLY="table_2 …" runs some'
 	@echo 'test        install, check the notebooks, run each in the smoke preset, then pytest tests'
+	@echo 'benchmark   install, train what is missing of the retraining benchmark NAME=$(NAME) in JOBS processes'
 	@echo 'export      write dmin/ from the notebooks'
 	@echo 'notebooks   run all notebooks in place in the $(PRESET) preset, keep their outputs'
+	@echo 'keep        take the results of runs over into results/$(PRESET); ONLY="table_2 …" some'
 	@echo 'readme      write README.md from nbs/index.ipynb'
 	@echo 'clean       remove what runs made (the environment in $(VENV) stays)'
 
@@ -60,12 +64,20 @@ test: $(INSTALLED)
 	$(PY) tools/forked_kernels.py $(PY) -m pytest -n $(JOBS) --nbmake --nbmake-kernel=forked --nbmake-timeout=900 --durations=10 nbs
 	$(PY) -m pytest -n $(JOBS) --durations=10 tests
 
+benchmark: export OMP_NUM_THREADS = 1
+benchmark: $(INSTALLED)
+	$(VENV)/bin/torchrun --nproc-per-node $(JOBS) tools/make_benchmark.py $(NAME)
+	$(PY) tools/make_benchmark.py $(NAME) --pack
+
 export: $(INSTALLED)
 	$(VENV)/bin/nbdev_export
 
 notebooks: $(INSTALLED)
 	DMIN_PRESET=$(PRESET) $(PY) tools/run_notebook.py --inplace nbs
 	$(VENV)/bin/nbdev_clean
+
+keep: $(INSTALLED)
+	DMIN_PRESET=$(PRESET) $(PY) tools/keep_results.py $(ONLY)
 
 readme: $(INSTALLED)
 	$(PY) tools/make_readme.py

@@ -8,10 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dmin.core.runtime import data_folder
 from dmin.measures.lds import random_subsets
 from dmin.measures.retrained import Retrained
-from dmin.reproduction.retraining_benchmark import BenchmarkRecipe, RetrainingBenchmark
+from dmin.reproduction.retraining_benchmark import RetrainingBenchmark, SHIPPED, UnconditionalRecipe
 
 MASKS = random_subsets(20, 4)
 
@@ -76,10 +75,14 @@ def test_outputs_of_an_older_version_are_read_and_get_a_checksum(built):
     assert [p.name for p in built.folder.glob("*.safetensors")] == ["models.safetensors"]
 
 
-def test_the_shipped_outputs_have_a_checksum():
+@pytest.mark.parametrize("name", ["digits"])
+def test_the_shipped_outputs_are_complete_and_have_a_checksum(name):
     from dmin.core.files import read_tensors
-    tensors, about = read_tensors(data_folder() / "digits_benchmark" / "outputs" / "models.safetensors", "")
-    assert about["sha256"] and len(tensors) == 354
+    bench, shipped = RetrainingBenchmark(name), SHIPPED[name]
+    tensors, about = read_tensors(bench.folder / "halves" / "models.safetensors", "")
+    assert about["sha256"] and len(tensors) == shipped.halves * shipped.seeds + shipped.other_halves
+    assert not bench.retrained.missing(bench.halves, bench.seeds)
+    assert bench.measured(bench.halves)["loss"].shape == (shipped.halves, shipped.seeds, len(bench.queries))
 
 
 def test_a_relative_folder_stays_where_it_was(tmp_path, monkeypatch):
@@ -103,9 +106,10 @@ def test_what_a_kill_left_is_removed(built):
 
 def test_a_benchmarks_models_appear_whole(tmp_path, monkeypatch):
     """A disk that fills while a model is saved leaves no half of one."""
-    recipe = BenchmarkRecipe(
+    recipe = UnconditionalRecipe(
         samples=12, steps=3, batch_size=4, queries=2, sampler_steps=2, timesteps=2, noises=1)
-    benchmark = RetrainingBenchmark(tmp_path / "b", recipe, 1, 1, 1)
+    benchmark = RetrainingBenchmark(
+        "digits", tmp_path / "b", recipe, halves=1, other_halves=1, seeds=1)
     (tmp_path / "b").mkdir()
     def full(self, folder, **_):
         (folder / "config.json").write_text("half")

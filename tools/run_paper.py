@@ -1,13 +1,13 @@
 """Runs the notebooks of nbs/paper, one after another, and sums up what each found.
 
-python tools/run_paper.py                          # all, in the preset that DMIN_PRESET names, mini by
-default python tools/run_paper.py table_2 figure_1         # some python tools/run_paper.py --again
-# also those that are done
+python tools/run_paper.py                      # all, in the preset that DMIN_PRESET names, mini by default
+python tools/run_paper.py table_2 figure_1     # some
+python tools/run_paper.py --again              # also those that are done
 
-Executed notebooks and summary.md go to out/paper/<preset>, stores to out (smoke: to out/smoke), numbers to
-results/<preset> (smoke: to out/smoke/results); DMIN_OUT, if set, takes the place of out and out/smoke. What
-is done is not done again, unless its notebook or the package has changed since; a run that was stopped goes
-on with the first notebook that is not done, and that one with what it had collected.
+Executed notebooks and summary.md go to out/paper/<preset>, numbers to out/results/<preset>, stores to out (smoke:
+all in out/smoke); DMIN_OUT, if set, takes the place of out and out/smoke. The summary says which parts were judged
+as in the shipped results. What is done is not done again, unless its notebook or the package has changed since; a
+run that was stopped goes on with the first notebook that is not done, and that one with what it had collected.
 """
 import argparse
 import hashlib
@@ -34,28 +34,31 @@ def digest(notebook: Path) -> str:
     return found.hexdigest()[:16]
 
 
+def compared(name: str, claims: list[dict], preset: str) -> list[tuple[dict, str]]:
+    """A notebook's judged parts, and for each what the shipped run of this preset says of it."""
+    path = ROOT / "results" / preset / f"{name}.json"
+    shipped = json.loads(path.read_text())["result"]["claims"] if path.exists() else []
+    status = {c["text"]: c["status"] for c in shipped}
+    return [(c, status.get(c["text"], "")) for c in claims]
+
+
 def summary(done: dict, preset: str, about: str) -> str:
-    """Markdown: what took how long, and each claim's status."""
-    lines = [
-        f"# Paper notebooks, preset {preset}",
-        "",
-        about,
-        "",
-        "| notebook | seconds | claims |",
-        "|---|---|---|"]
+    """Markdown: what took how long, each part of each claim, and whether it was judged as shipped."""
+    lines = [f"# Paper notebooks, preset {preset}", "", about, ""]
+    lines += ["| notebook | seconds | part | measured | judged | as shipped |", "|---|---|---|---|---|---|"]
+    same = known = 0
     for name, entry in done.items():
-        lines.append(
-            f"| {name} | {entry['seconds']:.0f} | "
-            + (
-                "; ".join(f"{c['text']}: {c['status']} ({c['measured']})" for c in entry["claims"])
-                if entry["ok"]
-                else "**failed**")
-            + " |")
+        if not entry["ok"]: lines.append(f"| {name} | {entry['seconds']:.0f} | **failed** | | | |")
+        for c, shipped in compared(name, entry["claims"], preset):
+            known, same = known + bool(shipped), same + (shipped == c["status"])
+            agree = "" if not shipped else "yes" if shipped == c["status"] else f"**{shipped}**"
+            cells = (name, f"{entry['seconds']:.0f}", c["text"], c["measured"], c["status"], agree)
+            lines.append("| " + " | ".join(x.replace("|", "\\|") for x in cells) + " |")
     statuses = [c["status"] for entry in done.values() for c in entry["claims"]]
-    lines += [
-        "",
-        f"{len(done)} notebooks, {sum(e['seconds'] for e in done.values()) / 60:.0f} min; "
-        + ", ".join(f"{statuses.count(s)} {s}" for s in dict.fromkeys(statuses))]
+    counts = ", ".join(f"{statuses.count(s)} {s}" for s in dict.fromkeys(statuses))
+    minutes = sum(e["seconds"] for e in done.values()) / 60
+    lines += ["", f"{len(done)} notebooks, {minutes:.0f} min; {counts}"]
+    if known: lines.append(f"As shipped: {same} of {known}")
     return "\n".join(lines) + "\n"
 
 

@@ -62,13 +62,13 @@ _CIFAR_2 = dict(
 
 RETRAINING = dict(
     recipe=Row(_SECONDS, {}, _CIFAR_2, "of the models; empty: the shipped benchmark"),
-    halves=Row(3, 32, 64, "random halves of their data that judge"),
-    other_halves=Row(2, 32, 512, "halves that retraining methods learn from"),
-    retrained_seeds=Row(2, 2, 3, "models a half"),
+    halves=Row(3, 128, 64, "random halves of their data that judge"),
+    other_halves=Row(2, 64, 512, "halves that retraining methods learn from"),
+    retrained_seeds=Row(2, 3, 3, "models a half"),
     lds_timesteps=Row(2, 10, 100, "timesteps at which their gradients are collected"),
     lds_v=Row(2**8, 2**12, 2**15, "their compressed dimension"),
-    counterfactuals=Row(1, 10, 60, "generated images whose models are trained again"),
-    removed=Row((2,), (50,), (100, 500, 1000), "without so many samples"),
+    counterfactuals=Row(1, 40, 60, "generated images whose models are trained again"),
+    removed=Row((2,), (10, 50), (100, 500, 1000), "without so many samples"),
 )
 
 # %% ../../nbs/reproduction/02_presets.ipynb #83ec403c

@@ -29,7 +29,7 @@ from .digits import train_classifier
 from .image_sets import evenly_spread, load_images
 from .mixture import first_of_each, load_mixture, without_noised
 from .presets import preset
-from .retraining_benchmark import BenchmarkRecipe, RetrainingBenchmark
+from .retraining_benchmark import RetrainingBenchmark, UnconditionalRecipe
 from ..training import finetune, save_trained, training_record
 
 # %% ../../nbs/reproduction/08_setups.ipynb #9e4eae28
@@ -302,8 +302,8 @@ def preset_benchmark(
     """The retraining benchmark of the preset, complete."""
     size = preset()
     shape = dict(halves=size.halves, other_halves=size.other_halves, seeds=size.retrained_seeds)
-    if not size.recipe: return RetrainingBenchmark(**shape)
-    bench = RetrainingBenchmark(folder, BenchmarkRecipe(**size.recipe), **shape)
+    if not size.recipe: return RetrainingBenchmark("digits")
+    bench = RetrainingBenchmark("digits", folder, UnconditionalRecipe(**size.recipe), **shape)
     return bench.build(progress=size.name != "smoke")
 
 # %% ../../nbs/reproduction/08_setups.ipynb #b4296877
