@@ -58,13 +58,13 @@ _ANOTHER_OUTPUT = ("{} holds gradients of the output {!r}: give the store of the
 
 def check_stores_fit(loss_store: Store, output_store: Store) -> None:
     """Raises `ValueError` unless one is of the loss, the other of another output of the same model, and both
-    are of the same samples, timesteps and noise, complete, and know their pipelines.
+    are of the same samples, timesteps, noise and compression, complete, and know their pipelines.
     """
     for store, wanted in ((loss_store, True), (output_store, False)):
         store.check_complete()
         if (output_of(store) == "") != wanted:
             raise ValueError(_ANOTHER_OUTPUT.format(store.folder, output_of(store) or "loss"))
-    ignored = ("objective", "model", "dtype", "shard_size", "v", "compression_seed")
+    ignored = ("objective", "model", "dtype", "shard_size")
     mine, other = loss_store.manifest, output_store.manifest
     same = {name: getattr(mine, name) for name in ignored}
     if words := differences(mine, replace(other, **same)):

@@ -48,17 +48,18 @@ class WhitenedDMin(Damped):
     """$\\sum_t w_t\\, u_{x,t}^\\top(U_t^\\top U_t + \\lambda I)^{-1}u_{i,t}$ with normalised gradients $u$.
 
     $\\lambda$ is the damping times their mean squared norm, about 1; None chooses it among `dampings`.
-    `weights` (T,) are of the timesteps, their mean by default; `leverage` divides by one minus it. Raises
-    `ValueError` when the store is incomplete or the number of weights is wrong. Source: our own.
+    `weights` (T,) are of the timesteps, their mean by default; `leverage` divides by one minus it; `kernels`
+    are one a timestep, the store's own by default. Raises `ValueError` when the store is incomplete or the
+    number of weights is wrong. Source: our own.
     """
 
     def __init__(
         self, store: Store, damping: float | None = None, weights=None,
-        *, leverage: bool = False, dampings: Sequence[float] = DAMPINGS,
+        *, leverage: bool = False, dampings: Sequence[float] = DAMPINGS, kernels=None,
     ):
         self.store, self.weights, self.leverage = store, mean_weights(store, weights), False
         self.name = "DMin, whitened" + (f" ({output_of(store)})" if output_of(store) else "")
-        self.kernels = timestep_kernels(store)
+        self.kernels = timestep_kernels(store) if kernels is None else kernels
         self.take_damping(damping, dampings)
         self.leverage = leverage   # from here on
 
