@@ -29,6 +29,17 @@ def _pixels(config) -> tuple[int, int, int]:
         )
     return (channels, size, size) if isinstance(size, int) else (channels, *size)
 
+# %% ../../nbs/families/00_ddpm.ipynb #0956d0bd
+def _check_unconditional(config) -> None:
+    """Raises `ValueError` for a U-Net that is told a class: nothing in these pipelines tells it one."""
+    for name in ("class_embed_type", "num_class_embeds"):
+        if config.get(name) is None: continue
+        raise ValueError(
+            f"the network is told a class ({name}={config[name]!r}), and a DDPMPipeline or DDIMPipeline has"
+            " none to tell: a class-conditional UNet2DModel is not supported. Train one with"
+            " UNet2DModel(class_embed_type=None, num_class_embeds=None), or use a DiTPipeline, whose samples"
+            " have a column 'label'")
+
 # %% ../../nbs/families/00_ddpm.ipynb #825cea82
 class DDPMObjective(Objective):
     """Mean squared error between the network's output and its target, in pixel space.
@@ -41,6 +52,7 @@ class DDPMObjective(Objective):
     def __init__(self, pipe, parameters=None, output: str = "loss"):
         super().__init__(pipe, parameters, output)
         self.schedule   # complains of a scheduler whose noise levels cannot be read
+        _check_unconditional(self.model.config)
         self.shape = _pixels(self.model.config)
 
     def encode(self, samples, names=None) -> dict[str, torch.Tensor]:
@@ -118,9 +130,13 @@ def tiny_ddpm(
 
 # %% ../../nbs/families/00_ddpm.ipynb #becc6272
 def sample_ddim(pipe, conditions: None, generators: list[torch.Generator], steps: int) -> list:
-    """A batch of PIL images from an unconditional pipeline by deterministic DDIM."""
+    """A batch of PIL images from an unconditional pipeline by deterministic DDIM.
+
+    Raises `ValueError` for a network that is told a class.
+    """
     from diffusers import DDIMPipeline, DDIMScheduler
 
+    _check_unconditional(pipe.unet.config)
     scheduler = DDIMScheduler.from_config(pipe.scheduler.config, **training_settings(pipe.scheduler))
     ddim = DDIMPipeline(pipe.unet, scheduler)
     ddim.set_progress_bar_config(disable=True)
