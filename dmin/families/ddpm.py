@@ -15,20 +15,6 @@ from ..core.objective import Objective
 from ..core.registry import register_family
 from ..core.schedule import training_settings
 
-# %% ../../nbs/families/00_ddpm.ipynb #cbe51f7d
-def _pixels(config) -> tuple[int, int, int]:
-    """(C, H, W) of a U-Net's images. Raises `ValueError` when its configuration does not say."""
-    size, channels, out = config["sample_size"], config["in_channels"], config["out_channels"]
-    if size is None:
-        raise ValueError(
-            "the network's configuration has no sample_size: set it, UNet2DModel(sample_size=…), to the"
-            " images' side")
-    if out != channels:
-        raise ValueError(
-            f"the network has {channels} input and {out} output channels: a learned variance is not supported"
-        )
-    return (channels, size, size) if isinstance(size, int) else (channels, *size)
-
 # %% ../../nbs/families/00_ddpm.ipynb #0956d0bd
 def _check_unconditional(config) -> None:
     """Raises `ValueError` for a U-Net that is told a class: nothing in these pipelines tells it one."""
@@ -39,6 +25,23 @@ def _check_unconditional(config) -> None:
             " none to tell: a class-conditional UNet2DModel is not supported. Train one with"
             " UNet2DModel(class_embed_type=None, num_class_embeds=None), or use a DiTPipeline, whose samples"
             " have a column 'label'")
+
+# %% ../../nbs/families/00_ddpm.ipynb #cbe51f7d
+def _pixels(config) -> tuple[int, int, int]:
+    """(C, H, W) of an unconditional U-Net's images. Raises `ValueError` when its configuration does not say,
+    or the network is told a class.
+    """
+    _check_unconditional(config)
+    size, channels, out = config["sample_size"], config["in_channels"], config["out_channels"]
+    if size is None:
+        raise ValueError(
+            "the network's configuration has no sample_size: set it, UNet2DModel(sample_size=…), to the"
+            " images' side")
+    if out != channels:
+        raise ValueError(
+            f"the network has {channels} input and {out} output channels: a learned variance is not supported"
+        )
+    return (channels, size, size) if isinstance(size, int) else (channels, *size)
 
 # %% ../../nbs/families/00_ddpm.ipynb #825cea82
 class DDPMObjective(Objective):
@@ -52,7 +55,6 @@ class DDPMObjective(Objective):
     def __init__(self, pipe, parameters=None, output: str = "loss"):
         super().__init__(pipe, parameters, output)
         self.schedule   # complains of a scheduler whose noise levels cannot be read
-        _check_unconditional(self.model.config)
         self.shape = _pixels(self.model.config)
 
     def encode(self, samples, names=None) -> dict[str, torch.Tensor]:
