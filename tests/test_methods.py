@@ -13,13 +13,16 @@ from dmin import DMin, collect, generate, load_images
 from dmin.core.scores import Attributor
 from dmin.methods.first_order import Gradient, TracInCP
 from dmin.methods.kfac import KFAC
-from dmin.methods.retraining import Datamodel, EmpiricalInfluence
+from dmin.methods.retraining import Datamodel, EmpiricalInfluence, largest_penalty, lasso
 from dmin.methods.second_order import DataInf, LiSSA
 from dmin.methods.similarity import CLIP, Random, RawPixels, SSIM
 from dmin.methods.trak import Ensemble, JourneyTRAK, TRAK
 from dmin.methods.whitened import WhitenedDMin
 from dmin.measures.detection import detection_table
-from dmin.measures.lds import ceiling_per_query, lds_per_query, random_subsets
+from dmin.measures.lds import (
+    another_seed_intervals, another_seed_per_query, attributable, ceiling, exact_retraining, lds_differences,
+    lds_intervals, lds_per_query, lds_table, random_subsets, seed_correlation_per_query,
+    smallest_visible_difference)
 from dmin.measures.retrained import Retrained
 from dmin.measures.intervals import interval
 from dmin.families.ddpm import tiny_ddpm
@@ -172,6 +175,55 @@ def test_images_of_another_size_are_refused(store):
         with pytest.raises(ValueError, match="16"): ATTRIBUTORS[name](store).scores(large)
 
 
+def planted(samples=200, subsets=120, queries=4, sparse=6):
+    """A sparse truth (queries, samples), masks, and outputs that are its sums with a little noise."""
+    draw = torch.Generator().manual_seed(0)
+    truth = torch.zeros(queries, samples)
+    for row in truth: row[torch.randperm(samples, generator=draw)[:sparse]] = 1
+    masks = random_subsets(samples, subsets)
+    return truth, masks, masks.float() @ truth.T + .3 * torch.randn(subsets, queries, generator=draw)
+
+
+def test_datamodels_find_a_planted_sparse_truth(queries):
+    truth, masks, measured = planted()
+    found = Datamodel(masks, measured, queries).scores(queries)
+    assert torch.equal(found.topk(6).indices.sort().values, truth.nonzero()[:, 1].view(4, 6))
+    # the penalty shrinks, by less than half here; what has no effect has none, or little
+    assert found[truth == 1].min() > .5 and found[truth == 0].abs().max() < .2
+    assert (found == 0).float().mean() > .5
+
+
+def test_datamodels_are_optimal():
+    """The conditions of Karush, Kuhn and Tucker, in float64, for penalties large and small."""
+    _, masks, measured = planted()
+    x, y = masks.double(), measured.double()
+    x, y = x - x.mean(0), y - y.mean(0)
+    largest = largest_penalty(x, y)
+    for share in (.99, .3, .05, .001):
+        penalty = share * largest
+        beta = lasso(x, y, penalty, torch.zeros(200, 4).double(), tolerance=1e-8)
+        slope, used = x.T @ (y - x @ beta) / len(x), beta != 0
+        assert used.any() and (slope.abs() <= penalty + 1e-7 * largest).all()
+        assert (slope - penalty * beta.sign())[used].abs().max() <= 1e-7 * largest.max()
+
+
+def test_datamodel_scores_follow_the_samples_and_the_unit(queries):
+    """Samples in another order, outputs in another unit or with something added: the same datamodel."""
+    _, masks, measured = planted()
+    found, order = Datamodel(masks, measured, queries).scores(queries), torch.arange(199, -1, -1)
+    turned = Datamodel(masks[:, order], measured, queries).scores(queries)
+    scaled = Datamodel(masks, 8 * measured - 3, queries).scores(queries)
+    assert torch.allclose(turned, found[:, order], atol=1e-4) and torch.allclose(scaled, 8 * found, atol=1e-3)
+
+
+def test_datamodels_of_what_never_changes_are_nought(queries):
+    _, masks, measured = planted()
+    masks[:, 0], masks[:, 1] = True, False
+    found = Datamodel(masks, measured.index_fill(1, torch.tensor([2]), .7), queries).scores(queries)
+    assert not found[2].any() and not found[:, :2].any() and found[0].any()
+    assert not Datamodel(masks[:2], measured[:2], queries).scores(queries).isnan().any()
+
+
 # measures
 
 def test_lds_is_spearmans(rng=np.random.default_rng(0)):
@@ -194,11 +246,82 @@ def test_lds_of_scores_that_say_nothing_is_zero():
     assert (lds_per_query(torch.ones(2, 30), masks, torch.rand(20, 2)) == 0).all()
 
 
-def test_the_ceiling_is_one_without_noise_and_near_nought_with_nothing_else():
+def test_seeds_agree_without_noise_and_hardly_with_nothing_else():
     signal, noise = (
         torch.randn(200, 1, 5, generator=torch.Generator().manual_seed(0)).expand(-1, 3, -1),
         torch.randn(200, 3, 5, generator=torch.Generator().manual_seed(1)))
-    assert np.allclose(ceiling_per_query(signal), 1) and abs(ceiling_per_query(noise).mean()) < .1
+    for between in (another_seed_per_query, seed_correlation_per_query):
+        assert np.allclose(between(signal), 1) and abs(between(noise).mean()) < .1
+
+
+@pytest.mark.parametrize("seeds", [2, 3, 5])
+def test_what_can_be_reached_is_what_a_simulation_reaches(seeds):
+    """Signals and one more model as methods, against the rows that are estimated without knowing either. A
+    subset with one sample makes any numbers a method's predictions.
+    """
+    draw, n, shared = torch.Generator().manual_seed(seeds), 400, .43
+    normal = lambda *shape: torch.randn(*shape, generator=draw, dtype=torch.double)
+    signal = normal(n, 1, n)   # as many queries as subsets
+    models = shared**.5 * signal + (1 - shared)**.5 * normal(n, 1 + seeds, n)
+    methods = {"signal": signal[:, 0].T, "one more model": models[:, 0].T}
+    one_each = torch.eye(n, dtype=torch.bool)
+    table = lds_table(methods, one_each, {"loss": models[:, 1:]}, draws=2).scores["loss"]
+    # A correlation of n² pairs has a standard error of (1 - r²) / n. Of an error in r, which is .41, the
+    # ceiling takes over at most .7, exact retraining 1.2.
+    apart = {"signal": ("ceiling, estimated", .7), "one more model": ("exact retraining, estimated", 1.2)}
+    for method, (row, slope) in apart.items():
+        truth, error = table[method].mean, ((1 - .41**2) * slope + 1 - (table[method].mean / 100)**2) / n
+        assert abs(table[row].mean - truth) < 4 * 100 * error, (method, table[row].mean, truth)
+    among = np.atleast_2d(spearmanr(models[:, 1:, 0]).statistic)   # a number for two, a matrix for more
+    pairs = among[np.triu_indices(seeds, 1)] if seeds > 2 else among
+    assert np.isclose(seed_correlation_per_query(models[:, 1:, :1])[0], np.mean(pairs))
+    assert exact_retraining(.41, 1) == pytest.approx(.41) and ceiling(0., seeds) == 0
+
+
+def test_bootstrap_of_counts_is_that_of_drawn_rows(rng=np.random.default_rng(0)):
+    """Intervals against a loop that draws rows and ranks them anew, ties and all."""
+    masks, scores = random_subsets(12, 16), torch.tensor(rng.integers(3, size=(3, 12)))
+    measured = torch.tensor(rng.integers(8, size=(16, 3)))
+    found, draws = lds_table({"a": scores}, masks, {"loss": measured[:, None].double()}, 50), []
+    predicted, again = masks.double() @ scores.double().T, np.random.default_rng(0)
+    for _ in range(50):
+        rows, columns = again.integers(16, size=16), again.integers(3, size=3)
+        draws.append([100 * spearmanr(predicted[rows, q], measured[rows, q]).statistic for q in columns])
+    low, high = np.percentile(np.mean(draws, 1), (2.5, 97.5))
+    cell = found.scores["loss"]["a"]
+    assert np.allclose([cell.low, cell.high], [low, high])
+    assert np.isclose(cell.mean, 100 * lds_per_query(scores, masks, measured).mean())
+
+
+def test_intervals_of_single_queries_cover_their_correlation():
+    """64 subsets and a known correlation of .6: 95 of 100 intervals should have it, some 93 do."""
+    draw, n = torch.Generator().manual_seed(0), 64
+    signal, noise = torch.randn(2, n, 200, generator=draw, dtype=torch.double)
+    measured, known = .6 * signal + .8 * noise, 6 / np.pi * np.arcsin(.3)
+    intervals = lds_intervals(signal.T, torch.eye(n, dtype=torch.bool), measured, 400)
+    covered = np.mean([x.low < known < x.high for x in intervals])
+    assert .86 < covered < .99   # five standard errors of 200 intervals, around .93
+    by_seed = torch.stack([measured, .6 * signal + .8 * torch.randn(n, 200, generator=draw)], 1)
+    assert attributable(by_seed, 400).sum() == sum(x.low > 0 for x in another_seed_intervals(by_seed, 400))
+
+
+def test_differences_are_paired():
+    """What is hard for both methods falls out: nearly equal ones have a difference with a narrow interval."""
+    draw = torch.Generator().manual_seed(0)
+    masks, effects = random_subsets(100, 48), torch.rand(20, 100, generator=draw)
+    measured = {"loss": (masks.float() @ effects.T + 4 * torch.randn(48, 20, generator=draw))[:, None]}
+    nearly, none = effects + .1 * torch.rand(20, 100, generator=draw), torch.rand(20, 100, generator=draw)
+    methods = {"a": effects, "b": nearly, "none": none}
+    table, apart = lds_table(methods, masks, measured), lds_differences(methods, "a", masks, measured)
+    alone, paired = table.scores["loss"]["b"], apart.scores["loss"]["b"]
+    assert set(apart.scores["loss"]) == {"b", "none"} and apart.scores["loss"]["none"].high < 0
+    assert paired.high - paired.low < (alone.high - alone.low) / 2
+    assert np.isclose(paired.mean, alone.mean - table.scores["loss"]["a"].mean)
+    half = (paired.high - paired.low) / 2
+    assert smallest_visible_difference(paired, .5) == pytest.approx(half)
+    # 1.96 standard errors to leave out 0, and .84 more to do so in four of five samples
+    assert smallest_visible_difference(paired) == pytest.approx(2.8016 / 1.95996 * half, 1e-4)
+    assert "less that of a" in repr(apart)
 
 
 def test_an_interval_of_equal_values_has_no_width():

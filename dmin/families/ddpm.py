@@ -15,9 +15,23 @@ from ..core.objective import Objective
 from ..core.registry import register_family
 from ..core.schedule import training_settings
 
+# %% ../../nbs/families/00_ddpm.ipynb #0956d0bd
+def _check_unconditional(config) -> None:
+    """Raises `ValueError` for a U-Net that is told a class: nothing in these pipelines tells it one."""
+    for name in ("class_embed_type", "num_class_embeds"):
+        if config.get(name) is None: continue
+        raise ValueError(
+            f"the network is told a class ({name}={config[name]!r}), and a DDPMPipeline or DDIMPipeline has"
+            " none to tell: a class-conditional UNet2DModel is not supported. Train one with"
+            " UNet2DModel(class_embed_type=None, num_class_embeds=None), or use a DiTPipeline, whose samples"
+            " have a column 'label'")
+
 # %% ../../nbs/families/00_ddpm.ipynb #cbe51f7d
 def _pixels(config) -> tuple[int, int, int]:
-    """(C, H, W) of a U-Net's images. Raises `ValueError` when its configuration does not say."""
+    """(C, H, W) of an unconditional U-Net's images. Raises `ValueError` when its configuration does not say,
+    or the network is told a class.
+    """
+    _check_unconditional(config)
     size, channels, out = config["sample_size"], config["in_channels"], config["out_channels"]
     if size is None:
         raise ValueError(
@@ -118,9 +132,13 @@ def tiny_ddpm(
 
 # %% ../../nbs/families/00_ddpm.ipynb #becc6272
 def sample_ddim(pipe, conditions: None, generators: list[torch.Generator], steps: int) -> list:
-    """A batch of PIL images from an unconditional pipeline by deterministic DDIM."""
+    """A batch of PIL images from an unconditional pipeline by deterministic DDIM.
+
+    Raises `ValueError` for a network that is told a class.
+    """
     from diffusers import DDIMPipeline, DDIMScheduler
 
+    _check_unconditional(pipe.unet.config)
     scheduler = DDIMScheduler.from_config(pipe.scheduler.config, **training_settings(pipe.scheduler))
     ddim = DDIMPipeline(pipe.unet, scheduler)
     ddim.set_progress_bar_config(disable=True)
