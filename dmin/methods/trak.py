@@ -70,15 +70,14 @@ def shrinkage(dampings: Sequence[float], spreads: Sequence[float]) -> list[float
 
 
 def crossing(dampings: Sequence[float], values: Sequence[float], level: float = .5) -> float | None:
-    """The largest damping from which on the values are above a level, between two by interpolation.
-
-    None when the last is not, or the first is already.
+    """The first damping, ascending, at which values that began below a level reach it, by interpolation
+    between two; None when none does.
     """
-    below = [i for i, x in enumerate(values) if not x >= level]
-    if not below or below[-1] == len(values) - 1: return None
-    i = below[-1]
-    part = (level - values[i]) / (values[i + 1] - values[i])
-    return float(dampings[i] * (dampings[i + 1] / dampings[i]) ** part)
+    for i in range(len(values) - 1):
+        if values[i] < level <= values[i + 1]:
+            part = (level - values[i]) / (values[i + 1] - values[i])
+            return float(dampings[i] * (dampings[i + 1] / dampings[i]) ** part)
+    return None
 
 # %% ../../nbs/methods/03_trak.ipynb #37a0b7a6
 def _drawn(curve) -> str:
@@ -93,8 +92,8 @@ def _drawn(curve) -> str:
 class DampingCurve(dict):
     """How far training samples' own scores stand out, by damping; and the other criterion, `shrinkage`.
 
-    `chosen` is the damping with the most prominence; `half` the one at which the shrinkage is .5, None where
-    it is not.
+    `chosen` is the damping with the most prominence; `half` the first at which the shrinkage reaches .5, None
+    where it does not.
     """
 
     def __init__(self, prominence: dict[float, float], spreads: Sequence[float] = ()):
