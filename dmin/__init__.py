@@ -5,9 +5,9 @@ __version__ = "0.0.1"
 
 # %% auto #0
 __all__ = ['load_mixture', 'load_images', 'load_pipeline', 'generate', 'finetune', 'save_trained', 'collect', 'open_store',
-           'Store', 'build_index', 'open_index', 'Scores', 'Ranking', 'DMin', 'Objective', 'Family', 'make_objective',
-           'register_family', 'register_objective', 'select_timesteps', 'sample_gradients', 'standard_error', 'preset',
-           'show_images']
+           'Store', 'build_index', 'open_index', 'Scores', 'Ranking', 'DMin', 'attribute', 'Objective', 'Family',
+           'make_objective', 'register_family', 'register_objective', 'select_timesteps', 'sample_gradients',
+           'standard_error', 'preset', 'show_images']
 
 # %% ../nbs/api.ipynb #8afb9a96
 import logging as _logging
@@ -30,6 +30,7 @@ _PLACES = {
     "Scores":             "dmin.core.scores",
     "Ranking":            "dmin.core.scores",
     "DMin":               "dmin.methods.dmin",
+    "attribute":          "dmin.methods.choosing",
     "Objective":          "dmin.core.objective",
     "Family":             "dmin.core.registry",
     "make_objective":     "dmin.core.registry",
@@ -44,7 +45,7 @@ _PLACES = {
 # %% ../nbs/api.ipynb #c1035a1b
 _all_ = [
     "load_mixture", "load_images", "load_pipeline", "generate", "finetune", "save_trained",
-    "collect", "open_store", "Store", "build_index", "open_index", "Scores", "Ranking", "DMin",
+    "collect", "open_store", "Store", "build_index", "open_index", "Scores", "Ranking", "DMin", "attribute",
     "Objective", "Family", "make_objective", "register_family", "register_objective",
     "select_timesteps", "sample_gradients", "standard_error", "preset", "show_images"]
 

@@ -40,6 +40,7 @@ LONG = {
     "Retrained": 65,
     "DigitClassifier": 42,
     "RetrainingBenchmark": 75,
+    "_PLACES": 26,
     "Study": 48,
     "PromptedRecipe": 26,
     "StoreCache": 40,
