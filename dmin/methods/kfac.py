@@ -75,8 +75,9 @@ def encoded_rows(
     return {name: x.to(objective.device) for name, x in encoded.items()}
 
 # %% ../../nbs/methods/05_kfac.ipynb #6839fbdf
-def _loss_of_draws(objective, encoded, t, eps, weights) -> Callable:
-    """The weighted loss of m samples at r draws each, (m * r,), from `t` (m, r) and `eps` (m, r, *shape)."""
+def _loss_of_draws(objective, encoded, t, eps, weights, part: slice) -> Callable:
+    """The weighted loss of m samples at r of their draws `t` (m, draws) and `eps` (m, draws, *shape)."""
+    t, eps = t[:, part], eps[:, part]
     rows = {name: x.repeat_interleave(t.shape[1], 0) for name, x in encoded.items()}
     t, eps = t.flatten().to(objective.device), eps.flatten(0, 1).to(objective.device)
     scale = 1 if weights is None else weights.to(t.device)[t]
@@ -103,22 +104,21 @@ def drawn_gradients(
     seed: int = 0,
     role: str = "sample",     # what errors call a row; other roles have other draws
     weights=None,             # (num_train_timesteps,) of the loss at each timestep; None: 1 each
-    regions=None,             # (n,) the part of each image that the loss looks at; None: all
+    regions=None,             # (n,) the part of each that the loss looks at; None: all
     batch_size: int = 64,     # rows a pass; changes nothing but rounding
 ) -> torch.Tensor:            # (n, d) float32, on the CPU
-    """Mean gradients of the samples' loss, whole. Raises `FloatingPointError` where one is not finite.
-
-    Source: Mlodozeniec et al. 2024, appendix G.
+    """The samples' mean gradients, whole; `FloatingPointError` where one is not finite. Mlodozeniec et al.
+    2024, appendix G.
     """
-    names = [f"{role} {i}" for i in range(len(samples))]
-    ids, encoded = sample_ids(samples, role), encoded_rows(objective, samples, names, regions)
+    names, ids = [f"{role} {i}" for i in range(len(samples))], sample_ids(samples, role)
+    encoded = encoded_rows(objective, samples, names, regions)
     whole_length, parts = NoCompression(sum(p.numel() for p in objective.parameters.values())), []
     with PerSampleGradients(objective.model, objective.parameters, whole_length) as gradients:
         for rows in torch.arange(len(ids)).split(max(1, batch_size // draws)):
             t, eps = own_draws(objective, [f"{seed}/{role}/{ids[i]}" for i in rows], draws)
-            some = {name: x[rows[0]:rows[-1] + 1] for name, x in encoded.items()}
-            def loss_of(part): return _loss_of_draws(objective, some, t[:, part], eps[:, part], weights)
-            found = _means_over_draws(gradients, loss_of, t.shape[:2], batch_size, verify=not parts).cpu()
+            some = {name: x[rows] for name, x in encoded.items()}
+            loss_of = partial(_loss_of_draws, objective, some, t, eps, weights)
+            found = _means_over_draws(gradients, loss_of, t.shape, batch_size, verify=not parts).cpu()
             parts.append(_finite_gradients(found, [names[i] for i in rows]))
     return torch.cat(parts)
 
@@ -147,7 +147,7 @@ def _stored(path: Path, recipe: str, compute: Callable) -> torch.Tensor:
             " another folder")
     return tensors["gradients"]
 
-# %% ../../nbs/methods/05_kfac.ipynb #4cd5f108
+# %% ../../nbs/methods/05_kfac.ipynb #94d118c1
 def _block(gradients: "MeanGradients", rows: torch.Tensor) -> torch.Tensor:
     """The gradients of some training samples, from the folder where there is one."""
     samples, o = gradients.samples.select(rows.tolist()), gradients.options
@@ -163,7 +163,7 @@ def _of_queries(gradients: "MeanGradients", queries, weights, region) -> torch.T
     more = dict(role="query", weights=weights, regions=regions)
     return drawn_gradients(gradients.objective, queries, **gradients.options, **more)
 
-# %% ../../nbs/methods/05_kfac.ipynb #08146c49
+# %% ../../nbs/methods/05_kfac.ipynb #7b6505c2
 class MeanGradients:
     """Training samples' gradients, means over `draws`: iterates over (rows, (m, d) float32), block by block.
 
@@ -196,7 +196,7 @@ def output_and_target(objective: Objective, batch: dict) -> tuple[torch.Tensor, 
     output, target = objective.predict(encoded, batch["t"], batch["eps"])
     return output.flatten(1), target.flatten(1)
 
-# %% ../../nbs/methods/05_kfac.ipynb #16945a11
+# %% ../../nbs/methods/05_kfac.ipynb #70ff1c2e
 class _Flat(nn.Module):
     """An objective's network as curvlinops wants it: a dictionary of tensors in, (n, numbers) out."""
 
@@ -271,7 +271,7 @@ def curvature_operator(corrected: bool):
         raise ImportError("K-FAC needs curvlinops: pip install curvlinops-for-pytorch") from e
     return curvlinops.EKFACLinearOperator if corrected else curvlinops.KFACLinearOperator
 
-# %% ../../nbs/methods/05_kfac.ipynb #e93c7e2e
+# %% ../../nbs/methods/05_kfac.ipynb #c2ac801e
 class LayerBasis(NamedTuple):
     """A layer's curvature by its eigenvectors and eigenvalues."""
     names: list[str]         # of its counted parameters: its weight, its bias, or both
@@ -287,12 +287,12 @@ class LayerBasis(NamedTuple):
         parts = solved.split([x.shape[2] for x in columns], 2)
         return [part.reshape(x.shape) for part, x in zip(parts, gradients)]
 
-# %% ../../nbs/methods/05_kfac.ipynb #8b71aa29
+# %% ../../nbs/methods/05_kfac.ipynb #a8664db0
 def _eigh(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     values, vectors = torch.linalg.eigh(x.cpu().double())
     return values.clamp(min=0), vectors.float().to(x.device)
 
-# %% ../../nbs/methods/05_kfac.ipynb #2a4f4a29
+# %% ../../nbs/methods/05_kfac.ipynb #4c1ec391
 def layer_bases(operator, parameters: list[str]) -> list[LayerBasis]:
     """The layers of a K-FAC operator of curvlinops that holds its factors, or of an EK-FAC one.
 
@@ -315,7 +315,7 @@ def layer_bases(operator, parameters: list[str]) -> list[LayerBasis]:
         found.append(LayerBasis(own, inner, output, values))
     return found
 
-# %% ../../nbs/methods/05_kfac.ipynb #aafe6b6b
+# %% ../../nbs/methods/05_kfac.ipynb #a300683a
 def solved_by_layers(
     layers: list[LayerBasis],
     gradients: dict[str, torch.Tensor],   # (n, *shape) a counted parameter, by name
@@ -399,7 +399,7 @@ def check_before_factors(damping, query_bits) -> None:
     if damping is not None: finite("damping", damping, above=0)
     if query_bits is not None: whole("query_bits", query_bits, 2, 16)
 
-# %% ../../nbs/methods/05_kfac.ipynb #a604aec0
+# %% ../../nbs/methods/05_kfac.ipynb #7adf7ead
 class FactoredInfluence(Attributor):
     """What K-FAC does with gradients, wherever they come from; a subclass has `query_matrices` and `meet`."""
     query_bits: int | None = None   # that each number of a preconditioned gradient is rounded to
