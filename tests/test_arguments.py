@@ -10,7 +10,7 @@ from conftest import make_pipeline
 
 from dmin import build_index, collect, make_objective, open_store, sample_gradients, select_timesteps
 from dmin.methods.first_order import Gradient, mean_gradients, TracInCP
-from dmin.methods.kfac import KFAC
+from dmin.methods.kfac import KFAC, StoreKFAC
 from dmin.methods.trak import Kernel, TRAK
 from dmin.methods.whitened import WhitenedDMin
 from dmin.core.checks import finite, whole
@@ -152,7 +152,8 @@ def test_compressors(store):
 def test_dampings(store, damping):
     for ask in (
         lambda: Kernel(torch.randn(3, 4)).scores(torch.randn(1, 4), damping),
-        lambda: KFAC(store, damping),
+        lambda: KFAC(store.objective, store.samples, damping),
+        lambda: StoreKFAC(store, damping),
     ):
         with pytest.raises(ValueError, match="damping="): ask()
 

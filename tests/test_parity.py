@@ -18,7 +18,7 @@ from torch.func import functional_call
 from dmin import collect, load_images
 from dmin.methods.first_order import Gradient, mean_gradients, mean_query_gradients, TracInCP
 from dmin.core.gradients import unflatten_like_gradient
-from dmin.methods.kfac import KFAC
+from dmin.methods.kfac import KFAC, StoreKFAC
 from dmin.methods.second_order import DataInf, LiSSA
 from dmin.methods.trak import dense_projection, TRAK
 from dmin.core.gradients import flatten_like_gradient
@@ -310,7 +310,7 @@ def test_kfac_of_one_sample_is_the_exact_inverse(linear, here, tmp_path, monkeyp
     x, q = mean_gradients(store), mean_query_gradients(store, here.queries)
     exact_curvature = torch.outer(x[0].double(), x[0].double())
     for corrected in (False, True):
-        kfac = KFAC(store, .1, fisher="empirical", corrected=corrected)
+        kfac = StoreKFAC(store, .1, fisher="empirical", corrected=corrected)
         assert (
             up_to_scale(kfac.scores(here.queries).double(), damped_scores(kfac, q, exact_curvature, x)) < 1e-3
         )
@@ -328,23 +328,65 @@ def test_kfac_of_a_linear_model_nears_the_exact_inverse(linear, here, tmp_path):
         [linear.noisy(b["z0"], b["eps"], b["t"]).flatten(1) for b, _ in CurvatureBatches(linear, digits, 20)]
     ).double()
     exact_curvature = torch.kron(torch.eye(16, dtype=torch.double), inputs.T @ inputs / len(inputs))
-    kfac = KFAC(store, .1, draws=20)
+    kfac = StoreKFAC(store, .1, draws=20)
     exact = damped_scores(kfac, q, exact_curvature, x)
     scores = kfac.scores(here.queries).double()
     assert up_to_scale(scores, exact) < .05 and order(scores, exact) > .99
     assert order(Gradient(store).scores(here.queries), exact) < .99   # the curvature matters here
+    # in the scale of the mean loss, whose second derivative by an output is 2/16: a damping is a share of that
+    assert kfac.unit == pytest.approx(2 / 16 * exact_curvature.diagonal().mean().item(), rel=.05)
+
+
+def test_published_kfac_is_the_formula_on_gradients_taken_one_by_one(linear, here):
+    """Whole mean gradients over draws, by plain autograd, and the exact inverse of the linear layer."""
+    from dmin.core.images import sample_ids
+    from dmin.methods.kfac import own_draws
+    digits = load_images("mnist_5k", size=8).select(range(0, 4000, 100))
+    weight, draws = linear.model.weight.requires_grad_(True), 7
+
+    def gradient(sample, role):
+        t, eps = own_draws(linear, [f"3/{role}/{sample_ids(sample)[0]}"], draws)
+        encoded = linear.encode(sample[:])
+        losses = [linear.loss(encoded, t[:, k], eps[:, k]).sum() for k in range(draws)]
+        return torch.autograd.grad(sum(losses) / draws, weight)[0].flatten().double()
+
+    q = torch.stack([gradient(here.queries.select([i]), "query") for i in range(2)])
+    x = torch.stack([gradient(digits.select([i]), "sample") for i in range(len(digits))])
+    kfac = KFAC(linear, digits, draws=draws, query_bits=None, seed=3)
+    assert kfac.damping * kfac.unit == pytest.approx(1e-8)
+    kfac.set_damping(.1)
+    factors = kfac.curvature._operator.state_dict()
+    a, b = (factors[f"{kind}_covariances"]["network"].double() for kind in ("input", "gradient"))
+    curvature = torch.kron(b, a) + .1 * kfac.unit * torch.eye(256)
+    assert relative(kfac.scores(here.queries).double(), q @ torch.linalg.solve(curvature, x.T)) < 1e-3
+
+
+def test_published_kfac_does_not_depend_on_the_batch_or_the_order(here, tmp_path):
+    """Of a draw's rows a pass, of the samples' order, and of where the gradients are kept."""
+    from dmin.methods.kfac import MeanGradients
+    whole = torch.cat([x for _, x in MeanGradients(here.pipe, here.digits, 5)])
+    for batch_size in (1, 2, 7, 200):
+        found = torch.cat([x for _, x in MeanGradients(here.pipe, here.digits, 5, batch_size=batch_size)])
+        assert relative(found, whole) < 1e-4
+    turned = here.digits.select(range(19, -1, -1))
+    assert relative(torch.cat([x for _, x in MeanGradients(here.pipe, turned, 5)]).flip(0), whole) < 1e-4
+    for _ in range(2):   # computed, then read
+        kept = torch.cat([x for _, x in MeanGradients(here.pipe, here.digits, 5, folder=tmp_path)])
+        assert torch.equal(kept, whole)
+    with pytest.raises(ValueError, match="choose another folder"):
+        list(MeanGradients(here.pipe, turned, 5, folder=tmp_path))
 
 
 def test_expand_and_reduce_agree_without_weight_sharing(linear, here, tmp_path):
     store = collect(linear, here.digits, tmp_path, v=None, timesteps=[400], dtype="float32", progress=False)
     expand, reduce = (
-        KFAC(store, 0.1, fisher="empirical", approximation=x).scores(here.queries)
+        StoreKFAC(store, 0.1, fisher="empirical", approximation=x).scores(here.queries)
         for x in ("expand", "reduce"))
     assert relative(reduce, expand) < 1e-4
 
 
 def test_eight_bits_keep_the_order(here):
-    exact, rounded = (KFAC(here.store, .1, query_bits=bits).scores(here.queries) for bits in (None, 8))
+    exact, rounded = (StoreKFAC(here.store, .1, query_bits=bits).scores(here.queries) for bits in (None, 8))
     assert order(rounded, exact) > .99 and not torch.equal(rounded, exact)
 
 
@@ -372,7 +414,7 @@ def test_kfac_agrees_with_kronfluence(here, strategy, tmp_path, monkeypatch):
         module,
         "CurvatureBatches",
         lambda *args, **kwargs: [(batch(here.train_z), eps.expand(len(here.train_z), -1, -1, -1).flatten(1))])
-    kfac = KFAC(store, 1., fisher="empirical", corrected=strategy == "ekfac")
+    kfac = StoreKFAC(store, 1., fisher="empirical", corrected=strategy == "ekfac")
     ours = kfac.scores_of(
         [
             m if name in kfac.curvature.names else torch.zeros_like(m)
