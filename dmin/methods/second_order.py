@@ -25,23 +25,17 @@ def layers(store: Store) -> list[slice]:
 
 # %% ../../nbs/methods/04_second_order.ipynb #bc2c1772
 class Layered(Attributor):
-    """Mean training gradients, layer by layer, and each layer's damping: a share of its mean squared entry.
+    """Mean training gradients, layer by layer in float64. On a store of compressed ones all is one layer with
+    one damping: not the published form, and `name` ends with "(compressed)".
 
-    A subclass sets `published`, its name, and defines `fit_in(train, damping)`, whatever it wants to keep of
-    a layer, and `scores_in(q, train, damping, kept)`. Both are given float64: these methods take nearly equal
-    numbers from each other, and of what remains float32 has three digits right, float64 eleven.
-
-    On a store of compressed gradients all is one layer with one damping: not the published form, and `name`
-    ends with "(compressed)". Raises `ValueError` for a damping that is not positive. Source of the damping:
-    Kwon et al. 2024, section 4.
+    A subclass sets `published`, its name, and defines `fit_in(train, damping)`, what it keeps of a layer, and
+    `scores_in(q, train, damping, kept)`. `damping` is a share of a layer's mean squared entry; `ValueError`
+    unless it is positive. Source of the damping: Kwon et al. 2024, section 4.
     """
-    published: str
-
     def __init__(self, store: Store, damping: float, weights=None):
-        share = finite("damping", damping, above=0)
+        share, whole_gradients = finite("damping", damping, above=0), store.manifest.v is None
         self.store, self.weights, self._train = store, weights, mean_gradients(store, weights)
-        self.name = self.published if store.manifest.v is None else f"{self.published} (compressed)"
-        self._layers = []   # columns, damping, and what a subclass keeps
+        self.name, self._layers = self.published + " (compressed)" * (not whole_gradients), []
         for columns in layers(store):
             x = self._train[:, columns].double()
             damping = share * x.square().mean().item() or 1.0   # a layer without any gradient adds nothing
@@ -49,10 +43,10 @@ class Layered(Attributor):
 
     def scores(self, queries, region=None) -> torch.Tensor:   # (n_queries, n_train) float32
         """Higher is more influential."""
-        q, total = mean_query_gradients(self.store, queries, self.weights, region), 0
+        q, total = mean_query_gradients(self.store, queries, self.weights, region).double(), 0
         for columns, damping, kept in self._layers:
             train = self._train[:, columns].double()
-            total = total + self.scores_in(q[:, columns].double(), train, damping, kept)
+            total = total + self.scores_in(q[:, columns], train, damping, kept)
         return total.float()
 
 # %% ../../nbs/methods/04_second_order.ipynb #7fde0b70
