@@ -33,9 +33,10 @@ class Layered(Attributor):
     unless it is positive. Source of the damping: Kwon et al. 2024, section 4.
     """
     def __init__(self, store: Store, damping: float, weights=None):
-        share, whole_gradients = finite("damping", damping, above=0), store.manifest.v is None
+        share = finite("damping", damping, above=0)
         self.store, self.weights, self._train = store, weights, mean_gradients(store, weights)
-        self.name, self._layers = self.published + " (compressed)" * (not whole_gradients), []
+        kind = "" if store.manifest.v is None else " (compressed)"
+        self.name, self._layers = (self.published + kind).replace(") (", ", "), []
         for columns in layers(store):
             x = self._train[:, columns].double()
             damping = share * x.square().mean().item() or 1.0   # a layer without any gradient adds nothing

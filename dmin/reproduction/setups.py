@@ -221,7 +221,7 @@ PUBLISHED_SUBSETS = {
     "magic_cards": "magic_cards",
 }
 
-# %% ../../nbs/reproduction/08_setups.ipynb #da89c990
+# %% ../../nbs/reproduction/08_setups.ipynb #a55b798d
 def paper_counts(
     subsets: Sequence[str],   # of each training sample
     n: int = 9288,            # rows in all
@@ -237,14 +237,14 @@ def paper_counts(
     counts[others[-1]] += n - sum(counts.values())   # what rounding has left
     return counts
 
-# %% ../../nbs/reproduction/08_setups.ipynb #2cdf3e24
+# %% ../../nbs/reproduction/08_setups.ipynb #19da439c
 class Enlarged(NamedTuple):
     """A store of more rows, one timestep and float32, with the queries that it is asked."""
     store: Store
     queries: Gradients
     subsets: list[str]   # of each row
 
-# %% ../../nbs/reproduction/08_setups.ipynb #e56c756b
+# %% ../../nbs/reproduction/08_setups.ipynb #d8b9de4d
 def enlarged(
     store: Store,                # complete
     queries,                     # as `Store.gradients` takes
@@ -265,7 +265,7 @@ def enlarged(
     mixed *= (every[i].norm(dim=1) / mixed.norm(dim=1))[:, None]
     return Enlarged(_as_store(store, folder, mixed), _unit_gradients(every[len(real):]), labels)
 
-# %% ../../nbs/reproduction/08_setups.ipynb #535da452
+# %% ../../nbs/reproduction/08_setups.ipynb #8958724d
 def _pairs(subsets: Sequence[str], labels: Sequence[str], draw: torch.Generator) -> torch.Tensor:
     """For each label two samples of that subset: (len(labels), 2) rows."""
     pairs = []
