@@ -15,6 +15,7 @@ from dmin.reproduction.claims import Claim, claims_summary, claims_table, Compar
 from dmin.pipelines import PIPELINES
 
 ROOT = Path(__file__).parents[1]
+NOT_JUDGED = ("not judged", "not judged at this size")
 WANTED = {
     *(f"table_{i}" for i in range(1, 8)),
     *(f"figure_{i}" for i in (1, 3, 4, 5, 6)),
@@ -61,12 +62,14 @@ def test_committed_result_has_what_a_claim_needs(name):
         and found["result"]["seconds"] > 0)
     claims = found["result"]["claims"]
     assert claims and all(
-        c["text"] and c["expected"] and c["measured"] and c["status"] in STATUS[c["kind"]] for c in claims)
+        c["text"] and c["expected"] and c["measured"] and c["status"] in (*STATUS[c["kind"]], *NOT_JUDGED)
+        for c in claims)
     assert all(
         c["status"]
         == Claim(**{k: c[k] for k in c if k != "status"}).status
         for c in claims)
-    assert not [c for c in claims if c["status"] == "not judged"], "the mini preset judges, or says its power"
+    unclear = [c["measured"] for c in claims if c["status"] == "not judged"]
+    assert all("would be seen" in words for words in unclear), "not judged, and not what would have been"
 
 
 @pytest.mark.parametrize("name", sorted(WANTED))

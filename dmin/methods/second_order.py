@@ -25,63 +25,79 @@ def layers(store: Store) -> list[slice]:
 
 # %% ../../nbs/methods/04_second_order.ipynb #bc2c1772
 class Layered(Attributor):
-    """Training gradients layer by layer, and each layer's damping: a share of its mean squared entry.
+    """Mean training gradients, layer by layer in float64. On a store of compressed ones all is one layer with
+    one damping: not the published form, and `name` ends with "(compressed)".
 
-    A subclass defines `scores_in(q, train, damping)` of one layer, in float64: these methods take nearly
-    equal numbers from each other, and of what remains float32 has three digits right, float64 eleven. Raises
-    `ValueError` for a damping that is not positive. Source of the damping: Kwon et al. 2024, section 4.
+    A subclass sets `published`, its name, and defines `fit_in(train, damping)`, what it keeps of a layer, and
+    `scores_in(q, train, damping, kept)`. `damping` is a share of a layer's mean squared entry; `ValueError`
+    unless it is positive. Source of the damping: Kwon et al. 2024, section 4.
     """
-
     def __init__(self, store: Store, damping: float, weights=None):
-        damping, rows = finite("damping", damping, above=0), mean_gradients(store, weights)
-        self.store, self.weights, self._train, self._layers = store, weights, rows, layers(store)
-        # a layer without any gradient adds nothing
-        self._damping = [damping * rows[:, l].double().square().mean().item() or 1.0 for l in self._layers]
+        share = finite("damping", damping, above=0)
+        self.store, self.weights, self._train = store, weights, mean_gradients(store, weights)
+        kind = "" if store.manifest.v is None else " (compressed)"
+        self.name, self._layers = (self.published + kind).replace(") (", ", "), []
+        for columns in layers(store):
+            x = self._train[:, columns].double()
+            damping = share * x.square().mean().item() or 1.0   # a layer without any gradient adds nothing
+            self._layers.append((columns, damping, self.fit_in(x, damping)))
 
     def scores(self, queries, region=None) -> torch.Tensor:   # (n_queries, n_train) float32
         """Higher is more influential."""
-        q, total = mean_query_gradients(self.store, queries, self.weights, region), 0
-        for l, damping in zip(self._layers, self._damping):
-            total = total + self.scores_in(q[:, l].double(), self._train[:, l].double(), damping)
+        q, total = mean_query_gradients(self.store, queries, self.weights, region).double(), 0
+        for columns, damping, kept in self._layers:
+            train = self._train[:, columns].double()
+            total = total + self.scores_in(q[:, columns], train, damping, kept)
         return total.float()
 
 # %% ../../nbs/methods/04_second_order.ipynb #7fde0b70
 class DataInf(Layered):
-    """Influence by the mean of inverses in place of the inverse of the mean.
+    """Influence by the mean of inverses in place of the inverse of the mean. On whole gradients, `v=None`;
+    on compressed ones it is another method, see `Layered`.
 
     The damping is a share of a layer's mean squared gradient entry; `identity` takes the identity in place of
     the inverse; `weights` (T,) are of the timesteps. Source: Kwon et al. 2024, Eq. 5.
     """
 
     def __init__(self, store: Store, damping: float = .1, identity: bool = False, *, weights=None):
+        self.identity, self.published = identity, "DataInf (identity)" if identity else "DataInf"
         super().__init__(store, damping, weights)
-        self.identity, self.name = identity, "DataInf (identity)" if identity else "DataInf"
 
-    def scores_in(self, q: torch.Tensor, train: torch.Tensor, damping: float) -> torch.Tensor:
+    def fit_in(self, train: torch.Tensor, damping: float) -> torch.Tensor:
+        """The damped squared norms (n,) of training rows (n, d)."""
+        return damping + train.square().sum(1)
+
+    def scores_in(
+        self, q: torch.Tensor, train: torch.Tensor, damping: float, kept: torch.Tensor
+    ) -> torch.Tensor:
         """Queries (n_queries, d) against training rows (n, d) in one layer: (n_queries, n)."""
         products = q @ train.T
         if self.identity: return products
-        shrunk = products / (damping + train.square().sum(1))
-        return (products - shrunk @ (train @ train.T) / len(train)) / damping
+        return (products - products / kept @ train @ train.T / len(train)) / damping
 
 # %% ../../nbs/methods/04_second_order.ipynb #4bd4a007
 class LiSSA(Layered):
-    """Influence by `steps` terms of the series for the inverse Hessian.
+    """Influence by `steps` terms of the series for the inverse Hessian. On whole gradients, `v=None`; on
+    compressed ones it is another method, see `Layered`.
 
-    The scale s is the largest eigenvalue, which makes it converge. A hundred steps are far from the inverse
-    where the damping is small: stopping early is then a damping of its own. Source: Agarwal et al. 2017,
-    section 3; with gradients' outer products for the Hessian as Kwon et al. 2024 compare with it.
+    The scale s is a layer's largest eigenvalue, which makes it converge. A hundred steps are far from the
+    inverse where the damping is small: stopping early is then a damping of its own. Source: Agarwal et al.
+    2017, section 3; with gradients' outer products for the Hessian as Kwon et al. 2024 compare with it.
     """
-    name = "LiSSA"
+    published = "LiSSA"
 
     def __init__(self, store: Store, damping: float = .1, steps: int = 100, *, weights=None):
         self.steps = whole("steps", steps)
         super().__init__(store, damping, weights)
 
-    def scores_in(self, q: torch.Tensor, train: torch.Tensor, damping: float) -> torch.Tensor:
+    def fit_in(self, train: torch.Tensor, damping: float) -> float:
+        """The scale, from training rows (n, d)."""
+        n, d = train.shape
+        products = train @ train.T if n < d else train.T @ train   # have the same largest eigenvalue
+        return torch.linalg.eigvalsh(products)[-1].item() / n + damping
+
+    def scores_in(self, q: torch.Tensor, train: torch.Tensor, damping: float, kept: float) -> torch.Tensor:
         """Queries (n_queries, d) against training rows (n, d) in one layer: (n_queries, n)."""
-        n = len(train)
-        scale = torch.linalg.eigvalsh(train @ train.T)[-1].item() / n + damping
-        r = q
+        n, scale, r = len(train), kept, q
         for _ in range(self.steps): r = q + r - ((r @ train.T) @ train / n + damping * r) / scale
         return r @ train.T / scale

@@ -4,27 +4,33 @@
 
 # %% auto #0
 __all__ = ['PROMPTED', 'PUBLISHED_MODELS', 'PUBLISHED_SUBSETS', 'StoreCache', 'trained_once', 'tuned_pipeline',
-           'TextToImageSetup', 'detection_by_subset', 'trained_ddpm', 'UnconditionalSetup', 'preset_benchmark',
-           'RetrainingSetup']
+           'TextToImageSetup', 'detection_by_subset', 'paper_counts', 'Enlarged', 'enlarged', 'trained_ddpm',
+           'UnconditionalSetup', 'preset_benchmark', 'RetrainingSetup']
 
 # %% ../../nbs/reproduction/08_setups.ipynb #f45e4e4c
 import os
 import tempfile
 import warnings
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
+from ..core.gradients import Gradients
 from ..core.registry import make_objective
 from ..core.runtime import launched_processes, out_folder
+from ..core.scores import query_vectors
 from ..core.store import Store
 from ..families.ddpm import tiny_ddpm
 from ..measures.costs import timed_collect
 from ..measures.detection import detection_table, DetectionTable
 from ..measures.lds import lds_table, LDSTable
 from ..pipelines import generate, load_pipeline, PIPELINES
+from .claims import published
 from .digits import train_classifier
 from .image_sets import evenly_spread, load_images
 from .mixture import first_of_each, load_mixture, without_noised
@@ -214,6 +220,74 @@ PUBLISHED_SUBSETS = {
     "lego_sets": "lego_sets",
     "magic_cards": "magic_cards",
 }
+
+# %% ../../nbs/reproduction/08_setups.ipynb #a55b798d
+def paper_counts(
+    subsets: Sequence[str],   # of each training sample
+    n: int = 9288,            # rows in all
+) -> dict[str, int]:          # subset -> rows
+    """The shares of Table 1 for the subsets that it names; the others share the rest as they do here."""
+    own, rows = Counter(subsets), published("dmin_table1_subsets")
+    known = {row["subset"]: row["n_train"] for row in rows}
+    counts = {s: known.get(PUBLISHED_SUBSETS.get(s)) for s in own}
+    counts = {s: max(1, round(x * n / 9288)) for s, x in counts.items() if x is not None}
+    rest, others = n - sum(counts.values()), [s for s in own if s not in counts]
+    weight = sum(own[s] for s in others)
+    counts |= {s: round(rest * own[s] / weight) for s in others}
+    counts[others[-1]] += n - sum(counts.values())   # what rounding has left
+    return counts
+
+# %% ../../nbs/reproduction/08_setups.ipynb #19da439c
+class Enlarged(NamedTuple):
+    """A store of more rows, one timestep and float32, with the queries that it is asked."""
+    store: Store
+    queries: Gradients
+    subsets: list[str]   # of each row
+
+# %% ../../nbs/reproduction/08_setups.ipynb #d8b9de4d
+def enlarged(
+    store: Store,                # complete
+    queries,                     # as `Store.gradients` takes
+    subsets: Sequence[str],      # of the store's samples
+    counts: Mapping[str, int],   # subset -> rows that are wanted
+    folder: Path,                # a new one
+) -> Enlarged:
+    """Mixtures of two real rows of a subset, .8 and .6, as long as the first, in random order. Inner products
+    are those of the timesteps' normalised gradients, concatenated. A store of so many rows stays as it is.
+    """
+    if len(store) >= sum(counts.values()): return Enlarged(store, store.gradients(queries), list(subsets))
+    real, asked = store.vectors().flatten(1), query_vectors(store, store.gradients(queries)).flatten(1)
+    every = torch.linalg.qr(torch.cat([real, asked]).T, mode="r").R.T   # in a basis of what they span
+    draw, labels = torch.Generator().manual_seed(0), [s for s, n in counts.items() for _ in range(n)]
+    labels = [labels[i] for i in torch.randperm(len(labels), generator=draw)]
+    i, j = _pairs(subsets, labels, draw).T
+    mixed = .8 * every[i] + .6 * every[j]
+    mixed *= (every[i].norm(dim=1) / mixed.norm(dim=1))[:, None]
+    return Enlarged(_as_store(store, folder, mixed), _unit_gradients(every[len(real):]), labels)
+
+# %% ../../nbs/reproduction/08_setups.ipynb #8958724d
+def _pairs(subsets: Sequence[str], labels: Sequence[str], draw: torch.Generator) -> torch.Tensor:
+    """For each label two samples of that subset: (len(labels), 2) rows."""
+    pairs = []
+    for label, drawn in zip(labels, torch.rand(len(labels), 2, generator=draw).tolist()):
+        members = [i for i, x in enumerate(subsets) if x == label]
+        pairs.append([members[int(x * len(members))] for x in drawn])
+    return torch.tensor(pairs)
+
+
+def _unit_gradients(vectors: torch.Tensor) -> Gradients:   # (n, width) -> of one timestep
+    ones = torch.ones(len(vectors), 1)
+    return Gradients(vectors[:, None], ones, 0 * ones)
+
+
+def _as_store(like: Store, folder: Path, vectors: torch.Tensor) -> Store:
+    """A store of these vectors (n, width) as they are."""
+    m, (n, width) = like.manifest, vectors.shape
+    ids = [f"{i:016x}" for i in range(n)]
+    shape = dict(v=width, timesteps=m.timesteps[:1], dtype="float32", shard_size=n)
+    store = Store.create(folder, replace(m, sample_ids=ids, **shape))
+    store.write(range(n), *_unit_gradients(vectors)[:3])
+    return store
 
 # %% ../../nbs/reproduction/08_setups.ipynb #d56ce360
 def trained_ddpm(
