@@ -197,7 +197,7 @@ _COLOURS = {
     "reproduced": _GREEN, "order reproduced": _OLIVE, "holds": _OLIVE, "not judged": _SLATE,
     "not judged at this size": _SLATE}
 
-# %% ../../nbs/reproduction/07_claims.ipynb #ba6edcd5
+# %% ../../nbs/reproduction/07_claims.ipynb #cd6b693f
 def surely_above(
     *differences: Interval,   # of pairs, such as rates of two methods on the same queries
     bound: float = 0.,        # that they have to be above
@@ -214,7 +214,7 @@ def would_show(differences: Sequence[Interval], bound: float = 0.) -> float | No
     widths = [(x.high - x.low) / 2 for x in differences if x.low <= bound <= x.high]
     return max(widths, default=None)
 
-# %% ../../nbs/reproduction/07_claims.ipynb #21e54d50
+# %% ../../nbs/reproduction/07_claims.ipynb #9660d391
 def difference_in_words(
     x: Interval,
     form: str = "+.2f",   # of its numbers
@@ -321,7 +321,7 @@ class Study(Drawn):
         exact: bool = False,         # arithmetic, which a smoke run can judge, too
         ours: bool = False,          # the paper does not say it
     ) -> Claim:
-        """Judges a part of the claim, by `surely_above` where there are differences. The part draws itself."""
+        """Judges a part of the claim, by `surely_above` where there are differences. Draws itself."""
         differences, visible = [differences] if isinstance(differences, Interval) else differences, None
         if differences: holds = surely_above(*differences)
         if differences and holds is None: visible = would_show(differences)
@@ -417,7 +417,7 @@ def claims_table(preset_name: str = "mini") -> str:
         lines += _study_rows(name, kept.get("result", {}))
     return "\n".join(lines)
 
-# %% ../../nbs/reproduction/07_claims.ipynb #59f7f019
+# %% ../../nbs/reproduction/07_claims.ipynb #a742ec31
 def _counted(claims: Sequence[Mapping]) -> str:
     """How many parts have which verdict."""
     kinds = [c["status"].removesuffix(" at this size") for c in claims]
