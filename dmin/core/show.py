@@ -66,7 +66,8 @@ def _as_image(image) -> Image.Image:
 def _is_small(image: Image.Image) -> bool: return max(image.size) <= _SMALL
 
 # %% ../../nbs/core/05_show.ipynb #246943f4
-_INK, _GREY, _FAINT, _QUERY = "#1a1a1a", "#6b6b6b", "#d0d0d0", "#c2410c"
+_INK, _GREY, _FAINT = "#1a1a1a", "#6b6b6b", "#d0d0d0"
+_QUERY, _MARK = "#c2410c", "#2563eb"   # orange and blue frames: told apart by nearly everybody
 _LINE = 1.3 / 72  # height of a line of text, in inches per point
 
 
@@ -155,6 +156,7 @@ class Strip(NamedTuple):
     images: Sequence              # the training images, best first
     titles: Sequence[str]         # below each: rank, score, label; in lines, of which the first is bold
     heading: str = ""             # above the training images
+    marked: Sequence[bool] | None = None   # which of them stand out, framed and bold; None: all alike
 
 # %% ../../nbs/core/05_show.ipynb #adc62863
 _SIDE, _QUERY_SIDE, _GAP, _MARGIN, _APART = .8, 1.15, .09, .12, .26   # inches
@@ -168,23 +170,38 @@ class _Layout(NamedTuple):
     query: list[str]              # lines
     titles: list[list[str]]
     step: float                   # from one line of thumbnails to the next
-    heading: float                # height
+    heading: list[str]            # lines
+    top: float                    # height of the heading
     height: float
+
+# %% ../../nbs/core/05_show.ipynb #77f640cf
+def _check_strip(strip: Strip) -> None:
+    n, marks = len(strip.images), strip.marked
+    if n != len(strip.titles):
+        raise ValueError(f"a strip has {n} images and {len(strip.titles)} titles")
+    if marks is not None and len(marks) != n:
+        raise ValueError(f"a strip has {n} images and {len(marks)} marks")
+    if not n:
+        raise ValueError("a strip has no training images")
+
+
+def _looks(strip: Strip) -> list[tuple[bool, bool]]:
+    """Whether each training image is framed, and its title bold."""
+    if strip.marked is None: return [(False, True)] * len(strip.images)
+    return [(bool(mark), bool(mark)) for mark in strip.marked]
 
 # %% ../../nbs/core/05_show.ipynb #99be1bf1
 def _layout(strip: Strip) -> _Layout:
-    if len(strip.images) != len(strip.titles):
-        raise ValueError(f"a strip has {len(strip.images)} images and {len(strip.titles)} titles")
-    if not len(strip.images):
-        raise ValueError("a strip has no training images")
-    line = _POINTS * _LINE
+    _check_strip(strip)
+    line, across = _POINTS * _LINE, min(_PER_LINE, len(strip.images))
     query = _wrap(strip.query_title, _QUERY_SIDE + .1, _POINTS, 5)
     titles = [_wrap(t, _SIDE + _GAP / 2, _POINTS, 4) for t in strip.titles]
     step = _SIDE + .04 + max(map(len, titles)) * line + .08
-    heading = _HEADING * _LINE + .06 if strip.heading else 0
+    heading = _wrap(strip.heading, across * (_SIDE + _GAP), _HEADING, 6) if strip.heading else []
+    top = len(heading) * _HEADING * _LINE + .06 if heading else 0
     left = (_QUERY_SIDE if strip.query_image is not None else 0) + .05 + len(query) * line
     right = math.ceil(len(titles) / _PER_LINE) * step
-    return _Layout(strip, query, titles, step, heading, heading + max(left, right))
+    return _Layout(strip, query, titles, step, heading, top, top + max(left, right))
 
 # %% ../../nbs/core/05_show.ipynb #5474ffc0
 def _draw_query(fig, layout: _Layout, top: float) -> None:
@@ -195,20 +212,21 @@ def _draw_query(fig, layout: _Layout, top: float) -> None:
     if image is not None: _place(fig, image, _MARGIN, top, _QUERY_SIDE, edge=_QUERY, thick=1.6)
     below = top + (_QUERY_SIDE + .06 if image is not None else 0)
     _write(fig, layout.query, _MARGIN + _QUERY_SIDE / 2, below, _POINTS, color=_INK)
-    x, bottom = (_THUMBS - _APART / 2) / width, top + layout.height - layout.heading - .06
+    x, bottom = (_THUMBS - _APART / 2) / width, top + layout.height - layout.top - .06
     fig.add_artist(Line2D([x, x], [1 - top / height, 1 - bottom / height], color=_FAINT, linewidth=.8))
 
 
 def _draw_strip(fig, layout: _Layout, top: float) -> None:
-    heading = layout.strip.heading
-    if heading: _write(fig, [heading], _THUMBS, top, _HEADING, ha="left", color=_GREY)
-    top += layout.heading
+    strip = layout.strip
+    _write(fig, layout.heading, _THUMBS, top, _HEADING, ha="left", color=_GREY)
+    top += layout.top
     _draw_query(fig, layout, top)
-    for i, (image, (first, *rest)) in enumerate(zip(layout.strip.images, layout.titles)):
+    parts = zip(strip.images, layout.titles, _looks(strip))
+    for i, (image, (first, *rest), (framed, bold)) in enumerate(parts):
         left, y = _THUMBS + i % _PER_LINE * (_SIDE + _GAP), top + i // _PER_LINE * layout.step
         x, below = left + _SIDE / 2, y + _SIDE + .04
-        _place(fig, image, left, y, _SIDE)
-        _write(fig, [first], x, below, _POINTS, color=_INK, weight="bold")
+        _place(fig, image, left, y, _SIDE, *((_MARK, 2) if framed else ()))
+        _write(fig, [first], x, below, _POINTS, color=_INK, weight="bold" if bold else "normal")
         _write(fig, rest, x, below + _POINTS * _LINE, _POINTS, color=_GREY)
 
 # %% ../../nbs/core/05_show.ipynb #b97f83d3
@@ -218,7 +236,7 @@ def attribution_figure(
     """Queries and their training images, ready to print: `figure.savefig("attribution.pdf")`.
 
     Thumbnails have one size whatever the images' is; more than ten go on in another line. Raises `ValueError`
-    when there are no strips, a strip has no images, or not as many titles as images.
+    when there are no strips, a strip has no images, or not as many titles or marks as images.
     """
     layouts = [_layout(strip) for strip in rows]
     if not layouts:
@@ -262,14 +280,15 @@ def _figure(image: str, side: int, title: str, bold: bool) -> str:
 
 # %% ../../nbs/core/05_show.ipynb #b16e34c6
 def _strip_html(strip: Strip) -> str:
-    frame, edge = "border:2px solid #c2410c", "border:1px solid rgba(128,128,128,.4)"
+    _check_strip(strip)
+    around, edges = "box-sizing:border-box;border", ("1px solid rgba(128,128,128,.4)", f"3px solid {_MARK}")
     query, heading, thumbs = "", "", ""
     if strip.query_image is not None:
-        image = _img(strip.query_image, 104, f"{frame};box-sizing:border-box")
+        image = _img(strip.query_image, 104, f"{around}:2px solid {_QUERY}")
         query = _figure(image, 104, strip.query_title, bold=False)
     if strip.heading: heading = _tag("div", "opacity:.75;margin-bottom:4px", html.escape(strip.heading))
-    for image, title in zip(strip.images, strip.titles, strict=True):
-        thumbs += _figure(_img(image, 72, f"{edge};box-sizing:border-box"), 72, title, bold=True)
+    for image, title, (framed, bold) in zip(strip.images, strip.titles, _looks(strip)):
+        thumbs += _figure(_img(image, 72, f"{around}:{edges[framed]}"), 72, title, bold)
     thumbs = _tag("div", "display:flex;flex-wrap:wrap;gap:8px", thumbs)
     return _tag(
         "div", "display:flex;gap:14px;margin:8px 0",
@@ -280,9 +299,6 @@ def _strip_html(strip: Strip) -> str:
 def attribution_html(
     rows: Sequence[Strip],   # shown below one another
 ) -> str:                    # a <div> that needs nothing beside it
-    """The strips of `attribution_figure` as HTML with the pictures inside.
-
-    Raises `ValueError` when titles are missing.
-    """
+    """The strips of `attribution_figure` as HTML with the pictures inside. Raises `ValueError` as it does."""
     style = "font:12px/1.35 system-ui,sans-serif;color:inherit"
     return _tag("div", style, *(_strip_html(strip) for strip in rows))
