@@ -8,6 +8,8 @@ __all__ = ['ORANGE', 'GREY', 'BLUE', 'DARK', 'PALE', 'tidy', 'interval_lines', '
 # %% ../../nbs/reproduction/10_figures.ipynb #998ce0b8
 from collections.abc import Mapping, Sequence
 
+import numpy as np
+
 from ..measures.intervals import Interval
 
 # %% ../../nbs/reproduction/10_figures.ipynb #5aa6aa80
@@ -38,38 +40,48 @@ def interval_lines(
 
 # %% ../../nbs/reproduction/10_figures.ipynb #87e68056
 def image_rows(
-    rows: Mapping[str, Sequence],              # name -> images, PIL or arrays
+    rows: Mapping[str, Sequence],              # name -> images, PIL or arrays; None: an empty place
     words: Mapping[str, Sequence] | None = None,   # name -> a text above each image, or (text, colour)
     query: bool = False,                       # whether each row's first image is what was asked about
     inches: float = .62,                       # side of an image
+    caption: str = "",                         # above all: model, subset, n
 ):
-    """Images row by row, as a matplotlib figure."""
-    figure, axes = _empty_rows(len(rows), max(map(len, rows.values())), inches, bool(words))
+    """Images row by row, as a matplotlib figure. Rows without words stand closer."""
+    words = words or {}
+    room = .1 * len(words) + (.22 if caption else 0)
+    figure, axes = _empty_rows(len(rows), max(map(len, rows.values())), inches, room)
     for line, (name, images) in zip(axes, rows.items()):
         for ax in line[len(images):]: ax.set_visible(False)
         for ax, image in zip(line, images): _picture(ax, image)
-        for ax, text in zip(line, words[name] if words else ()): _above(ax, text)
+        for ax, text in zip(line, words.get(name, ())): _above(ax, text)
         line[0].set_ylabel(name, fontsize=8, rotation=0, ha="right", va="center")
-        if query: line[0].spines[:].set(edgecolor=ORANGE, linewidth=1.6)
+        if query and images[0] is not None: line[0].spines[:].set(edgecolor=ORANGE, linewidth=1.6)
+    if caption: figure.suptitle(caption, fontsize=8.5, x=.01, ha="left")
     return figure
 
 # %% ../../nbs/reproduction/10_figures.ipynb #642df51a
-def _empty_rows(rows: int, columns: int, inches: float, with_words: bool):
-    """A figure with places for images, and its axes (rows, columns)."""
+def _empty_rows(rows: int, columns: int, inches: float, room: float):
+    """A figure with places for images, `room` inches higher than they are, and its axes (rows, columns)."""
     import matplotlib.pyplot as plt
 
-    height = inches + (.14 if with_words else .04)
-    shape = dict(figsize=(inches * columns + 1, height * rows), layout="constrained", squeeze=False)
+    size = inches * columns + 1, (inches + .04) * rows + room
+    shape = dict(figsize=size, layout="constrained", squeeze=False)
     figure, axes = plt.subplots(rows, columns, **shape)
     figure.get_layout_engine().set(w_pad=.01, h_pad=.01, wspace=0, hspace=0)
     plt.close(figure)
     return figure, axes
 
-
+# %% ../../nbs/reproduction/10_figures.ipynb #74dae075
 def _picture(ax, image) -> None:
-    ax.imshow(image, cmap="gray", interpolation="nearest")
+    """An image as bright as it is, or a square of nothing."""
     ax.set(xticks=[], yticks=[])
-    ax.spines[:].set_edgecolor("#d0d0d0")
+    ax.spines[:].set_edgecolor("none" if image is None else "#d0d0d0")
+    if image is None:
+        ax.set_box_aspect(1)
+        return
+    pixels = np.asarray(image)
+    white = 255 if pixels.dtype == np.uint8 else 1
+    ax.imshow(pixels, cmap="gray", vmin=0, vmax=white, interpolation="nearest")
 
 
 def _above(ax, text: str | tuple[str, str]) -> None:
