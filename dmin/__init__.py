@@ -71,6 +71,7 @@ if TYPE_CHECKING:
     from dmin.core.show import show_images
     from dmin.core.store import collect, open_store, Store
     from dmin.core.timesteps import select_timesteps
+    from dmin.methods.choosing import attribute
     from dmin.methods.dmin import DMin
     from dmin.pipelines import generate, load_pipeline
     from dmin.reproduction.image_sets import load_images
