@@ -234,7 +234,7 @@ class Shipped:
 
 _CLIPART = UnconditionalRecipe(dataset="clipart_10", samples=415, size=16, in_channels=3)
 SHIPPED = {
-    "digits": Shipped(UnconditionalRecipe(), halves=32, seeds=3, other_halves=64),
+    "digits": Shipped(UnconditionalRecipe(), halves=86, seeds=3, other_halves=64),
     "clipart": Shipped(_CLIPART, halves=64, seeds=2),
     "prompts": Shipped(PromptedRecipe(), halves=32, seeds=2)}
 
