@@ -1,5 +1,5 @@
-"""Checks that what is committed agrees: clean notebooks in the style of the project, dmin/ as exported from them and with all its names,
-README.md as made from nbs/index.ipynb.
+"""Checks that what is committed agrees: clean notebooks in the style of the project, dmin/ as exported from them
+and with all its names, README.md as made from nbs/index.ipynb.
 """
 import difflib
 import html

@@ -1,4 +1,6 @@
-"""Makes a shipped retraining benchmark, or what is missing of it: `torchrun --nproc-per-node 2 tools/make_benchmark.py digits`.
+"""Makes a retraining benchmark, or what is missing of it.
+
+    torchrun --nproc-per-node 2 tools/make_benchmark.py digits
 
 An interrupted run goes on; with --pack, the models' outputs are put into one file at the end.
 """
