@@ -8,7 +8,6 @@ __all__ = ['Recipe', 'SHIPPED', 'BenchmarkRecipe', 'UnconditionalRecipe', 'Promp
 
 # %% ../../nbs/reproduction/06_retraining_benchmark.ipynb #1c03472d
 import hashlib
-import tempfile
 from collections.abc import Callable
 from contextlib import contextmanager
 from copy import deepcopy
@@ -203,9 +202,9 @@ def _digest(dataset): return hashlib.sha256("".join(sample_ids(dataset)).encode(
 def _in_memory(parquet: Path):
     """A data set of a file, with nothing left in the cache of `datasets`."""
     from datasets import Dataset
+    from pyarrow.parquet import read_table
 
-    with tempfile.TemporaryDirectory() as cache:
-        return Dataset.from_parquet(str(parquet), cache_dir=cache, keep_in_memory=True)
+    return Dataset(read_table(parquet))
 
 
 def _one_after_the_other(*datasets):
