@@ -41,7 +41,7 @@ LONG = {
     "_Files": 28,
     "DigitClassifier": 42,
     "RetrainingBenchmark": 77,
-    "KeptScores": 46,
+    "KeptScores": 47,
     "_PLACES": 26,
     "Study": 52,
     "PromptedRecipe": 26,

@@ -9,23 +9,38 @@ An interrupted part goes on. Scores are computed and packing is done by one proc
 """
 import argparse
 
-from dmin.reproduction.contenders import contenders, removal_masks
+from dmin.measures.counterfactual import counterfactual
+from dmin.reproduction.contenders import contenders, removal_scores, removals
 from dmin.reproduction.retraining_benchmark import RetrainingBenchmark, SHIPPED
 from dmin.reproduction.setups import RetrainingSetup
+
+
+def score(name: str) -> None:
+    """Every method's scores."""
+    setting = RetrainingSetup(name)
+    setting.bench.scores.build(contenders(setting), setting.bench.queries)
+
+
+def take_away(name: str) -> None:
+    """The counterfactual models, where the benchmark has some."""
+    if not SHIPPED[name].without: return
+    setting = RetrainingSetup(name)
+    chosen, bench, scores = removals(setting), setting.bench, removal_scores(setting)
+    for n in reversed(chosen.sizes): counterfactual(scores, bench.redrawn, n, chosen.queries, bench.redraw)
+
+
+def pack(name: str) -> None:
+    """All outputs into a file each."""
+    bench = RetrainingBenchmark(name)
+    bench.retrained.pack()
+    if SHIPPED[name].without: bench.redrawn.pack()
+
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("name", choices=SHIPPED)
 for part in ("scores", "without", "pack"): parser.add_argument(f"--{part}", action="store_true")
 options = parser.parse_args()
-
-if options.scores:
-    setting = RetrainingSetup(options.name)
-    setting.bench.scores.build(contenders(setting), setting.bench.queries)
-elif options.without and SHIPPED[options.name].without:
-    setting = RetrainingSetup(options.name)
-    setting.bench.redrawn.build(removal_masks(setting), setting.bench.redraw)
-elif options.pack:
-    bench = RetrainingBenchmark(options.name)
-    bench.retrained.pack()
-    if SHIPPED[options.name].without: bench.redrawn.pack()
-elif not options.without: RetrainingBenchmark(options.name).build()
+if options.scores: score(options.name)
+elif options.without: take_away(options.name)
+elif options.pack: pack(options.name)
+else: RetrainingBenchmark(options.name).build()

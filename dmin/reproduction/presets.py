@@ -73,6 +73,8 @@ RETRAINING = dict(
     lds_v=Row(2**8, 2**12, 2**15, "their compressed dimension"),
     counterfactuals=Row(1, 40, 60, "generated images whose models are trained again"),
     removed=Row((2,), (10, 50), (100, 500, 1000), "without so many samples"),
+    subset_counterfactuals=Row(1, 2, 2, "the same of images from prompts, a subset"),
+    subset_removed=Row((2,), (25,), (25,), "without so many samples"),
 )
 
 # %% ../../nbs/reproduction/02_presets.ipynb #83ec403c

@@ -9,7 +9,7 @@ __all__ = ['Recipe', 'SHIPPED', 'BenchmarkRecipe', 'UnconditionalRecipe', 'Promp
 
 # %% ../../nbs/reproduction/06_retraining_benchmark.ipynb #1c03472d
 import hashlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import asdict, dataclass
@@ -239,7 +239,7 @@ _CLIPART = UnconditionalRecipe(dataset="clipart_10", samples=415, size=16, in_ch
 SHIPPED = {
     "digits": Shipped(UnconditionalRecipe(), halves=128, seeds=3, other_halves=64, without=True),
     "clipart": Shipped(_CLIPART, halves=64, seeds=2),
-    "prompts": Shipped(PromptedRecipe(), halves=32, seeds=2)}
+    "prompts": Shipped(PromptedRecipe(), halves=32, seeds=2, without=True)}
 
 # %% ../../nbs/reproduction/06_retraining_benchmark.ipynb #0c24bf3e
 class BenchmarkImages:
@@ -356,14 +356,15 @@ class RetrainingBenchmark(BenchmarkImages):
         """Trains a model on some rows: its queries' `losses`, (n_queries, T)."""
         return {"losses": query_losses(self.recipe, self.trained_on(rows, seed), self.queries)}
 
-    def redraw(self, rows, seed: int) -> dict[str, torch.Tensor]:
-        """Trains a model on some rows: its queries' mean `losses`, (n_queries, 1), and the `images`, uint8,
-        that it draws in place of the generated queries.
+    def redraw(self, rows, seed: int, queries: Sequence[int] | None = None) -> dict[str, torch.Tensor]:
+        """Trains a model on some rows: its queries' mean `losses`, (n_queries, 1), and the images that it
+        draws in place of some generated queries, None: of all, each as `image-<query>`, uint8.
         """
         pipe = self.trained_on(rows, seed)
-        losses = query_losses(self.recipe, pipe, self.queries).mean(1, keepdim=True)
-        images = [np.asarray(image) for image in drawn_images(self.recipe, pipe)["image"]]
-        return {"losses": losses, "images": torch.from_numpy(np.stack(images))}
+        images = [np.array(image) for image in drawn_images(self.recipe, pipe)["image"]]
+        kept = range(len(images)) if queries is None else queries
+        drawn = {f"image-{query}": torch.from_numpy(images[query]) for query in kept}
+        return {"losses": query_losses(self.recipe, pipe, self.queries).mean(1, keepdim=True), **drawn}
 
     @cached_property
     def retrained(self) -> Retrained: return self._answers("halves")    # of the halves' models
