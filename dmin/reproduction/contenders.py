@@ -21,7 +21,7 @@ from ..methods.first_order import Gradient, TracInCP
 from ..methods.kfac import KFAC
 from ..methods.second_order import DataInf, LiSSA
 from ..methods.similarity import CLIP, Random, RawPixels, SSIM
-from ..methods.squared import Removal, SquaredKernels
+from ..methods.squared import Removal, SquaredKernels, StandardisedMean
 from ..methods.trak import TRAK
 from ..methods.whitened import WhitenedDMin
 from .presets import preset
@@ -74,7 +74,8 @@ def contenders(setting: RetrainingSetup) -> dict[str, Callable[[], Attributor]]:
         "Squared kernels": lambda: SquaredKernels(average()),
         "Removal": lambda: Removal(loss(), average()),
         **_layer_by_layer(setting),
-        "K-FAC": lambda: _kfac(setting)}
+        "K-FAC": lambda: _kfac(setting),
+        "Removal with K-FAC": lambda: StandardisedMean([Removal(loss(), average()), _kfac(setting)])}
 
 # %% ../../nbs/reproduction/11_contenders.ipynb #2ea5f9da
 @dataclass(frozen=True)
