@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ScoreMatrix', 'random_subsets', 'lds_per_query', 'seed_correlation_per_query', 'another_seed_per_query', 'ceiling',
            'exact_retraining', 'elbo_weights', 'lds_intervals', 'another_seed_intervals', 'attributable', 'LDSTable',
-           'lds_table', 'lds_difference', 'lds_differences', 'smallest_visible_difference']
+           'lds_table', 'lds_difference', 'lds_differences', 'lds_draws', 'contrast', 'smallest_visible_difference']
 
 # %% ../../nbs/measures/05_lds.ipynb #6264ddaa
 from collections.abc import Callable, Mapping, Sequence
@@ -224,9 +224,14 @@ def _drawn(subsets: int, queries: int, draws: int, seed: int = 0) -> tuple[torch
     return tuple(torch.from_numpy(np.stack(x)).float() for x in (rows, columns))
 
 
-def _mean(values: torch.Tensor, columns: torch.Tensor) -> Interval:
+def _means(values: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:   # (1 + draws,)
     """In percent, the mean over drawn queries; both (1 + draws, n_queries), the sample at hand first."""
-    means = 100 * (values * columns).sum(1) / columns.sum(1)
+    return 100 * (values * columns).sum(1) / columns.sum(1)
+
+
+def _mean(values: torch.Tensor, columns: torch.Tensor) -> Interval:
+    """The interval of `_means`."""
+    means = _means(values, columns)
     return Interval.from_draws(means[0], means[1:])
 
 # %% ../../nbs/measures/05_lds.ipynb #1a0e4611
@@ -388,6 +393,25 @@ def lds_differences(
         base = found.pop(less)
         out[measurement] = {name: _mean(x - base, columns) for name, x in found.items()}
     return LDSTable(out, len(masks), values.shape[2], less=less)
+
+# %% ../../nbs/measures/05_lds.ipynb #25af564d
+def lds_draws(
+    scores: ScoreMatrix,      # (n_queries, n_train), higher is more influential
+    masks: torch.Tensor,      # (subsets, n_train) bool
+    measured: torch.Tensor,   # (subsets, n_queries), as of `lds_per_query`
+    draws: int = 1000,        # bootstrap samples
+) -> np.ndarray:              # (1 + draws,) percent
+    """The mean LDS of the subsets and queries at hand, then that of each bootstrap sample of both.
+
+    Equal numbers of subsets, queries and draws give the same samples. Raises what `lds_per_query` raises.
+    """
+    rows, columns = _drawn(len(masks), len(scores), draws)
+    return _means(_lds(scores, masks, measured, rows), columns).numpy()
+
+
+def contrast(draws: np.ndarray) -> Interval:   # (1 + draws,)
+    """The interval of what was made of several `lds_draws`: the value at hand, between its percentiles."""
+    return Interval.from_draws(draws[0], draws[1:])
 
 # %% ../../nbs/measures/05_lds.ipynb #33896b31
 def smallest_visible_difference(

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Value', 'Cells', 'STATUS', 'published', 'Comparison', 'comparison_figure', 'surely_above', 'would_show',
-           'difference_in_words', 'Claim', 'results_root', 'run_times', 'Study', 'paper_notebooks', 'claims_table',
-           'claims_summary']
+           'difference_in_words', 'misses', 'inside', 'Claim', 'results_root', 'run_times', 'Study', 'paper_notebooks',
+           'claims_table', 'claims_summary']
 
 # %% ../../nbs/reproduction/07_claims.ipynb #b06dfa9f
 import csv
@@ -17,6 +17,7 @@ from pathlib import Path
 
 from ..core.runtime import data_folder
 from ..measures.intervals import Interval
+from ..measures.lds import smallest_visible_difference
 from ..measures.tables import Drawn, Styled, Table
 from .presets import preset, PRESETS
 from .results import save_result
@@ -126,7 +127,7 @@ def _panel(ax, table: Comparison, column: str, names: Sequence[str]) -> None:
     for y, name in enumerate(names):
         mine, theirs = table.cell(pairs.get(name, (None, None)), column)
         if mine is not None:
-            colour = "#ea580c" if "DMin" in name else "#94a3b8"
+            colour = "#ea580c" if "DMin" in name or "Removal" in name else "#94a3b8"
             ax.barh(y, getattr(mine, "mean", mine), color=colour, height=.66)
         if isinstance(mine, Interval): ax.plot([mine.low, mine.high], [y, y], color="k", lw=.8)
         if theirs is not None: ax.plot(theirs, y, ls="none", **_DIAMOND)
@@ -225,6 +226,19 @@ def difference_in_words(
     if smallest is None: return words
     return f"{words}, not told from {bound:.4g}; {format(smallest, form.replace('+', ''))} would be seen"
 
+# %% ../../nbs/reproduction/07_claims.ipynb #4054caea
+def misses(difference: Interval, gap: float) -> bool:
+    """Whether an interval holds 0, but not the published `gap` (more than 0), which this run could see."""
+    if not difference.low <= 0 <= difference.high < gap: return False
+    return smallest_visible_difference(difference) <= gap
+
+
+def inside(difference: Interval, margin: float) -> list[Interval]:
+    """How far a difference is from either end of ±`margin`: both above 0 where it lies inside."""
+    mean, low, high = difference.mean, difference.low, difference.high
+    return [Interval(mean + margin, low + margin, high + margin),
+            Interval(margin - mean, margin - high, margin - low)]
+
 # %% ../../nbs/reproduction/07_claims.ipynb #70f44f81
 @dataclass(frozen=True, repr=False)
 class Claim(Drawn):
@@ -317,13 +331,17 @@ class Study(Drawn):
         measured: str,
         holds: bool | None = None,   # this or `differences`; neither: this run cannot say
         differences: Interval | Sequence[Interval] = (),   # paired, of what should be larger less the smaller
+        gaps: Sequence[float] = (),   # the published differences, as many; one that is missed refutes
         close: bool | None = None,   # whether it is the published number; None: it cannot be
         exact: bool = False,         # arithmetic, which a smoke run can judge, too
         ours: bool = False,          # the paper does not say it
     ) -> Claim:
-        """Judges a part of the claim, by `surely_above` where there are differences. Draws itself."""
+        """Judges a part of the claim, by `surely_above` and `misses` where there are differences. Draws
+        itself.
+        """
         differences, visible = [differences] if isinstance(differences, Interval) else differences, None
         if differences: holds = surely_above(*differences)
+        if any(map(misses, differences, gaps)): holds = False
         if differences and holds is None: visible = would_show(differences)
         if not exact and preset().name == "smoke": holds = visible = None   # too small to judge
         kind = "ours" if ours else "exact" if exact else "paper"

@@ -18,6 +18,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from ..core.gradients import Gradients
@@ -28,7 +29,7 @@ from ..core.store import Store
 from ..families.ddpm import tiny_ddpm
 from ..measures.costs import timed_collect
 from ..measures.detection import detection_table, DetectionTable
-from ..measures.lds import lds_table, LDSTable
+from ..measures.lds import lds_draws, lds_table, LDSTable
 from ..pipelines import generate, load_pipeline, PIPELINES
 from .claims import published
 from .digits import train_classifier
@@ -431,6 +432,18 @@ class RetrainingSetup:
             measured = {name: self.measured[split][name] for name in measurements}
             tables[split] = lds_table(by_method, self.bench.halves, measured)
         return tables
+
+    def draws(
+        self, scores: Mapping[str, Mapping[str, torch.Tensor]]   # what `scores` returns
+    ) -> dict[str, dict[str, np.ndarray]]:
+        """`lds_draws` of the loss: split -> method -> (1001,) percent. Their differences are paired, between
+        splits as well.
+        """
+        found = {}
+        for split, by_method in scores.items():
+            measured = self.measured[split]["loss"].mean(1)
+            found[split] = {m: lds_draws(x, self.bench.halves, measured) for m, x in by_method.items()}
+        return found
 
     @property
     def about(self) -> str:
