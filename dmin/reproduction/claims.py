@@ -126,7 +126,7 @@ def _panel(ax, table: Comparison, column: str, names: Sequence[str]) -> None:
     for y, name in enumerate(names):
         mine, theirs = table.cell(pairs.get(name, (None, None)), column)
         if mine is not None:
-            colour = "#ea580c" if "DMin" in name else "#94a3b8"
+            colour = "#ea580c" if "DMin" in name or "Removal" in name else "#94a3b8"
             ax.barh(y, getattr(mine, "mean", mine), color=colour, height=.66)
         if isinstance(mine, Interval): ax.plot([mine.low, mine.high], [y, y], color="k", lw=.8)
         if theirs is not None: ax.plot(theirs, y, ls="none", **_DIAMOND)

@@ -67,6 +67,8 @@ RETRAINING = dict(
     retrained_seeds=Row(2, 3, 3, "models a half"),
     lds_timesteps=Row(2, 10, 100, "timesteps at which their gradients are collected"),
     lds_v=Row(2**8, 2**12, 2**15, "their compressed dimension"),
+    kfac_draws=Row(4, 250, 250, "draws of timestep and noise whose mean gradient K-FAC takes"),
+    curvature_draws=Row(4, 10, 250, "draws for each sample in its curvature"),
     counterfactuals=Row(1, 40, 60, "generated images whose models are trained again"),
     removed=Row((2,), (10, 50), (100, 500, 1000), "without so many samples"),
 )
