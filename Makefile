@@ -23,7 +23,7 @@ help:
 	@echo 'quickstart  install, run nbs/tutorials/quickstart.ipynb into out/'
 	@echo 'paper       install, run nbs/paper in PRESET=$(PRESET) into out/paper/$(PRESET), sum up; ONLY="table_2 …" runs some'
 	@echo 'test        install, check the notebooks, run each in the smoke preset, then pytest tests'
-	@echo 'benchmark   install, train what is missing of the retraining benchmark NAME=$(NAME) in JOBS processes'
+	@echo 'benchmark   install, make what is missing of the retraining benchmark NAME=$(NAME) in JOBS processes'
 	@echo 'export      write dmin/ from the notebooks'
 	@echo 'notebooks   run all notebooks in place in the $(PRESET) preset, keep their outputs'
 	@echo 'keep        take the results of runs over into results/$(PRESET); ONLY="table_2 …" some'
@@ -67,6 +67,8 @@ test: $(INSTALLED)
 benchmark: export OMP_NUM_THREADS = 1
 benchmark: $(INSTALLED)
 	$(VENV)/bin/torchrun --nproc-per-node $(JOBS) tools/make_benchmark.py $(NAME)
+	$(PY) tools/make_benchmark.py $(NAME) --scores
+	$(VENV)/bin/torchrun --nproc-per-node $(JOBS) tools/make_benchmark.py $(NAME) --without
 	$(PY) tools/make_benchmark.py $(NAME) --pack
 
 export: $(INSTALLED)

@@ -52,6 +52,25 @@ def _checked_names(path: Path) -> list[str]:
             f"{shown_path(path)} has no checksum, as an older dmin wrote it: pack() adds one", stacklevel=4)
     return list(tensors)
 
+# %% ../../nbs/measures/04_retrained.ipynb #978642be
+def _mean_of(name: str) -> str: return "mean/" + name.partition("/")[2]   # of all models' such outputs
+
+
+def _as_differences(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Each output's float32 mean over the models, as `mean/<output>`, and float16 differences from it. An
+    output of another type or of several shapes, or whose differences are too large, is as it was.
+    """
+    by_output, kept = {}, dict(tensors)
+    for name in tensors: by_output.setdefault(_mean_of(name), []).append(name)
+    for output, names in by_output.items():
+        kinds = {(tensors[name].dtype, tensors[name].shape) for name in names}
+        if len(kinds) > 1 or tensors[names[0]].dtype != torch.float32: continue
+        all_models = torch.stack([tensors[name] for name in names])
+        mean = all_models.mean(0)
+        differences = (all_models - mean).half()
+        if differences.isfinite().all(): kept |= {output: mean} | dict(zip(names, differences))
+    return kept
+
 # %% ../../nbs/measures/04_retrained.ipynb #da8e5ae2
 class _Files:
     """The tensors of a folder's files, by name; a file is checked when it is first opened."""
@@ -61,7 +80,8 @@ class _Files:
     def names(self) -> set[str]:
         for path in sorted(self.folder.glob("*.safetensors")):
             if path in self.opened: continue
-            self.where |= dict.fromkeys(_checked_names(path), path)
+            models = (name for name in _checked_names(path) if not name.startswith("mean/"))
+            self.where |= dict.fromkeys(models, path)
             self.opened.add(path)
         return set(self.where)
 
@@ -71,11 +91,13 @@ class _Files:
         tensors = {}
         for path in {self.where[name] for name in names}:
             here = [name for name in names if self.where[name] == path]
-            with safe_open(path, "pt") as f: tensors |= {name: f.get_tensor(name) for name in here}
+            with safe_open(path, "pt") as f:
+                means = {name: f.get_tensor(name) for name in f.keys() if name.startswith("mean/")}
+                for name in here: tensors[name] = f.get_tensor(name) + means.get(_mean_of(name), 0)
         return tensors
 
     def pack(self, target: Path) -> None:
-        write_tensors(target, self.read(sorted(self.names())))
+        write_tensors(target, _as_differences(self.read(sorted(self.names()))))
         for path in self.opened - {target}: path.unlink()
         self.opened, self.where = set(), {}
 
@@ -150,9 +172,8 @@ class Retrained:
         return out.view(len(masks), len(seeds), *out.shape[1:])
 
     def pack(self) -> Path:
-        """Puts all models into one file, `models.safetensors`, and removes the single ones.
-
-        Not while another process builds.
+        """Puts all models into one file, `models.safetensors`, and removes the single ones: float32 outputs
+        keep 11 bits of their difference from the mean. Not while another process builds.
         """
         self._files.pack(self.folder / "models.safetensors")
         return self.folder / "models.safetensors"

@@ -29,12 +29,14 @@ def tidy(*axes, legend: str | None = None) -> None:
 
 # %% ../../nbs/reproduction/10_figures.ipynb #27ae70d4
 def interval_lines(
-    ax, rows: Mapping[str, Interval], colour: str = ORANGE, up: float = 0., label: str | None = None
+    ax, rows: Mapping[str, Interval | None], colour: str = ORANGE, up: float = 0., label: str | None = None
 ) -> None:
-    """A dot and its interval in a line each, from the top down; `up` moves them by a part of a line."""
-    for y, x in enumerate(rows.values()): ax.plot([x.low, x.high], [y + up, y + up], color=colour, lw=1.2)
-    places = [y + up for y in range(len(rows))]
-    ax.plot([x.mean for x in rows.values()], places, "o", ms=5, color=colour, label=label)
+    """A dot and its interval in a line each, from the top down; `up` moves them by a part of a line, None
+    leaves one empty.
+    """
+    there = {y + up: x for y, x in enumerate(rows.values()) if x is not None}
+    for y, x in there.items(): ax.plot([x.low, x.high], [y, y], color=colour, lw=1.2)
+    ax.plot([x.mean for x in there.values()], list(there), "o", ms=5, color=colour, label=label)
     ax.set_yticks(range(len(rows)), rows)
     ax.set_ylim(len(rows) - .4, -.6)
 

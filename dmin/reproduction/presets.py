@@ -59,9 +59,13 @@ _SECONDS = dict(samples=20, steps=3, batch_size=8, queries=2, sampler_steps=2, t
 _CIFAR_2 = dict(
     dataset="cifar2", samples=5000, size=32, in_channels=3, channels=(128, 256, 256, 256), layers=2,
     steps=7800, batch_size=128, lr=1e-4, ema=.9999, queries=1000, timesteps=100, noises=1)  # fmt: skip
+_PROMPTED = dict(
+    samples=12, steps=2, batch_size=4, queries=6, sampler_steps=2, timesteps=2, noises=1)  # fmt: skip
+_ALL_IN_SECONDS = {"digits": _SECONDS, "clipart": _SECONDS, "prompts": _PROMPTED}
 
 RETRAINING = dict(
-    recipe=Row(_SECONDS, {}, _CIFAR_2, "of the models; empty: the shipped benchmark"),
+    recipes=Row(_ALL_IN_SECONDS, {}, {"digits": _CIFAR_2}, "how models differ from those of the shipped"
+                " benchmarks, by name; none: as shipped"),
     halves=Row(3, 128, 64, "random halves of their data that judge"),
     other_halves=Row(2, 64, 512, "halves that retraining methods learn from"),
     retrained_seeds=Row(2, 3, 3, "models a half"),
@@ -71,6 +75,8 @@ RETRAINING = dict(
     curvature_draws=Row(4, 10, 250, "draws for each sample in its curvature"),
     counterfactuals=Row(1, 40, 60, "generated images whose models are trained again"),
     removed=Row((2,), (10, 50), (100, 500, 1000), "without so many samples"),
+    subset_counterfactuals=Row(1, 2, 2, "the same of images from prompts, a subset"),
+    subset_removed=Row((2,), (25,), (25,), "without so many samples"),
 )
 
 # %% ../../nbs/reproduction/02_presets.ipynb #83ec403c

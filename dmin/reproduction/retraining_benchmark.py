@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['Recipe', 'SHIPPED', 'BenchmarkRecipe', 'UnconditionalRecipe', 'PromptedRecipe', 'train_recipe', 'drawn_images',
-           'query_losses', 'in_half_precision', 'build_models', 'Shipped', 'BenchmarkImages', 'RetrainingBenchmark']
+           'query_losses', 'in_half_precision', 'build_models', 'Shipped', 'BenchmarkImages', 'KeptScores',
+           'RetrainingBenchmark']
 
 # %% ../../nbs/reproduction/06_retraining_benchmark.ipynb #1c03472d
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import asdict, dataclass
@@ -19,11 +20,11 @@ import numpy as np
 import torch
 
 from ..core.checks import absolute_folder, one_of, whole
-from ..core.files import write_atomically, write_folder
+from ..core.files import read_tensors, write_atomically, write_folder, write_tensors
 from ..core.images import sample_ids
 from ..core.objective import draw_noise
 from ..core.registry import make_objective
-from ..core.runtime import data_folder, launched_processes, quiet_libraries
+from ..core.runtime import bar, data_folder, launched_processes, quiet_libraries, shown_path
 from ..families.ddpm import tiny_ddpm
 from ..lora import add_lora
 from ..measures.lds import elbo_weights, random_subsets
@@ -224,18 +225,21 @@ def _built(path: Path) -> Path:
 # %% ../../nbs/reproduction/06_retraining_benchmark.ipynb #0c9d911a
 @dataclass(frozen=True)
 class Shipped:
-    """A benchmark of this package: its recipe, halves that judge, seeds, halves to learn from."""
+    """A benchmark of this package: its recipe, halves that judge, seeds, halves to learn from, and whether it
+    has models without the samples that methods put first.
+    """
     recipe: Recipe
     halves: int
     seeds: int
     other_halves: int = 0
+    without: bool = False
 
 
 _CLIPART = UnconditionalRecipe(dataset="clipart_10", samples=415, size=16, in_channels=3)
 SHIPPED = {
-    "digits": Shipped(UnconditionalRecipe(), halves=86, seeds=3, other_halves=64),
+    "digits": Shipped(UnconditionalRecipe(), halves=128, seeds=3, other_halves=64, without=True),
     "clipart": Shipped(_CLIPART, halves=64, seeds=2),
-    "prompts": Shipped(PromptedRecipe(), halves=32, seeds=2)}
+    "prompts": Shipped(PromptedRecipe(), halves=32, seeds=2, without=True)}
 
 # %% ../../nbs/reproduction/06_retraining_benchmark.ipynb #0c24bf3e
 class BenchmarkImages:
@@ -262,6 +266,60 @@ class BenchmarkImages:
         """A model trained on some rows, for their share of the steps."""
         share = len(rows) / len(self.samples)
         return train_recipe(self.recipe, self.samples.select(rows), seed, share)[0]
+
+# %% ../../nbs/reproduction/06_retraining_benchmark.ipynb #8caf51b2
+def _as_kept(scores: torch.Tensor) -> torch.Tensor:   # (n_queries, n_train) float16
+    largest = scores.abs().amax(1, keepdim=True)
+    return (scores / torch.where(largest > 0, largest, 1)).half()
+
+# %% ../../nbs/reproduction/06_retraining_benchmark.ipynb #f278e492
+class KeptScores:
+    """Scores of methods in a file: method -> (n_queries, n_train), and beside them dampings and checksums."""
+
+    def __init__(self, path: Path): self.path = path
+
+    def _read(self) -> tuple[dict[str, torch.Tensor], dict]:
+        if not self.path.exists(): return {}, {}
+        return read_tensors(self.path, "restore it from a copy; removed, it is built again")
+
+    @property
+    def about(self) -> dict[str, dict]:
+        """Method -> its damping, where it has one, and the SHA-256 of its scores."""
+        return self._read()[1].get("methods", {})
+
+    def missing(self, names: Iterable[str]) -> list[str]:
+        """Those of some methods that are not there."""
+        there = self._read()[0]
+        return [name for name in names if name not in there]
+
+    def read(self, names: Iterable[str] | None = None) -> dict[str, torch.Tensor]:
+        """Method -> float32 scores, of all methods or some. Raises `KeyError` for one that is not there."""
+        tensors = self._read()[0]
+        names = list(tensors if names is None else names)
+        if absent := self.missing(names):
+            known = ", ".join(sorted(tensors)) or "none"
+            raise KeyError(f"no scores of {', '.join(absent)} in {shown_path(self.path)}; there are {known}")
+        return {name: tensors[name].float() for name in names}
+
+    def build(
+        self,
+        methods: Mapping[str, Callable],   # name -> what makes the attributor
+        queries,                           # what they are asked
+        progress: bool = True,
+    ) -> "KeptScores":
+        """Computes and keeps what is missing of some methods, one after the other."""
+        for name in bar(self.missing(methods), "scoring", unit="method", disable=not progress):
+            method = methods[name]()
+            self.keep(name, method.scores(queries), damping=getattr(method, "damping", None))
+        return self
+
+    def keep(self, name: str, scores: torch.Tensor, **about) -> None:
+        """Keeps scores (n_queries, n_train) under a name, in place of what was there under it."""
+        tensors, methods = dict(self._read()[0]), self.about
+        tensors[name] = _as_kept(scores)
+        digest = hashlib.sha256(tensors[name].numpy().tobytes()).hexdigest()
+        methods[name] = {key: x for key, x in about.items() if x is not None} | {"sha256": digest}
+        write_tensors(self.path, tensors, {"methods": methods})
 
 # %% ../../nbs/reproduction/06_retraining_benchmark.ipynb #a6abb3a2
 class RetrainingBenchmark(BenchmarkImages):
@@ -298,19 +356,22 @@ class RetrainingBenchmark(BenchmarkImages):
         """Trains a model on some rows: its queries' `losses`, (n_queries, T)."""
         return {"losses": query_losses(self.recipe, self.trained_on(rows, seed), self.queries)}
 
-    def redraw(self, rows, seed: int) -> dict[str, torch.Tensor]:
-        """Trains a model on some rows: its queries' mean `losses`, (n_queries, 1), and the `images`, uint8,
-        that it draws in place of the generated queries.
+    def redraw(self, rows, seed: int, queries: Sequence[int] | None = None) -> dict[str, torch.Tensor]:
+        """Trains a model on some rows: its queries' mean `losses`, (n_queries, 1), and the images that it
+        draws in place of some generated queries, None: of all, each as `image-<query>`, uint8.
         """
         pipe = self.trained_on(rows, seed)
-        losses = query_losses(self.recipe, pipe, self.queries).mean(1, keepdim=True)
-        images = [np.asarray(image) for image in drawn_images(self.recipe, pipe)["image"]]
-        return {"losses": losses, "images": torch.from_numpy(np.stack(images))}
+        images = [np.array(image) for image in drawn_images(self.recipe, pipe)["image"]]
+        kept = range(len(images)) if queries is None else queries
+        drawn = {f"image-{query}": torch.from_numpy(images[query]) for query in kept}
+        return {"losses": query_losses(self.recipe, pipe, self.queries).mean(1, keepdim=True), **drawn}
 
     @cached_property
     def retrained(self) -> Retrained: return self._answers("halves")    # of the halves' models
     @cached_property
     def redrawn(self) -> Retrained: return self._answers("without")     # of models without some samples
+    @property
+    def scores(self) -> KeptScores: return KeptScores(self.folder / "scores.safetensors")   # of the queries
 
     def _answers(self, folder):
         about = {"trained_on": _digest(self.samples), "asked": _digest(self.queries)}

@@ -36,7 +36,7 @@ from .digits import train_classifier
 from .image_sets import evenly_spread, load_images
 from .mixture import first_of_each, load_mixture, without_noised
 from .presets import preset
-from .retraining_benchmark import RetrainingBenchmark, UnconditionalRecipe
+from .retraining_benchmark import PromptedRecipe, RetrainingBenchmark
 from ..training import finetune, save_trained, training_record
 
 # %% ../../nbs/reproduction/08_setups.ipynb #9e4eae28
@@ -372,23 +372,24 @@ class UnconditionalSetup:
 
 # %% ../../nbs/reproduction/08_setups.ipynb #01445ffe
 def preset_benchmark(
-    folder: Path,   # for a benchmark that has to be built; the shipped one stays where it is
+    folder: Path,          # for a benchmark that has to be built; the shipped ones stay where they are
+    name: str = "digits",  # in `SHIPPED`
 ) -> RetrainingBenchmark:
-    """The retraining benchmark of the preset, complete."""
-    size = preset()
+    """A retraining benchmark in the size of the preset, complete."""
+    size, shipped = preset(), RetrainingBenchmark(name)
+    if name not in size.recipes: return shipped
     shape = dict(halves=size.halves, other_halves=size.other_halves, seeds=size.retrained_seeds)
-    if not size.recipe: return RetrainingBenchmark("digits")
-    bench = RetrainingBenchmark("digits", folder, UnconditionalRecipe(**size.recipe), **shape)
-    return bench.build(progress=size.name != "smoke")
+    recipe = replace(shipped.recipe, **size.recipes[name])
+    return RetrainingBenchmark(name, folder, recipe, **shape).build(progress=size.name != "smoke")
 
 # %% ../../nbs/reproduction/08_setups.ipynb #b4296877
 class RetrainingSetup:
     """A retraining benchmark, and scores judged by it, split by split: `generation` and `validation`."""
 
-    def __init__(self):
-        size = preset()
-        self.stores, self.timesteps, self._v = StoreCache("retraining"), size.lds_timesteps, size.lds_v
-        self.bench = preset_benchmark(self.stores.folder / "benchmark")
+    def __init__(self, name: str = "digits"):   # in `SHIPPED`
+        self.timesteps, self._v = preset().lds_timesteps, preset().lds_v
+        self.name, self.stores = name, StoreCache(f"retraining-{name}")
+        self.bench = preset_benchmark(self.stores.folder / f"benchmark-{name}", name)
         self.samples = self.bench.samples
         self.asked = {"generation": self.bench.generated, "validation": self.bench.held_out}
 
@@ -435,14 +436,16 @@ class RetrainingSetup:
     @property
     def about(self) -> str:
         r, b = self.bench.recipe, self.bench
-        millions = sum(p.numel() for p in b.untrained().unet.parameters()) / 1e6
-        images = f"{r.samples:,} images of {r.dataset}, {r.size}×{r.size} pixels"
+        trained = sum(p.numel() for p in make_objective(b.untrained()).parameters.values())
         models = f"{len(b.halves)} halves × {len(b.seeds)} models"
-        return f"DDPM of {millions:.2g} M parameters, {images}, {models}"
+        if isinstance(r, PromptedRecipe):
+            return f"{r.base} with {trained:,} trained parameters, {len(b.samples):,} images, {models}"
+        images = f"{r.samples:,} images of {r.dataset}, {r.size}×{r.size} pixels"
+        return f"DDPM of {trained / 1e6:.2g} M parameters, {images}, {models}"
 
 # %% ../../nbs/reproduction/08_setups.ipynb #843eef9b
 def published_kfac(setting: RetrainingSetup, **options) -> KFAC:
     """K-FAC on the benchmark's model; options as of `KFAC`."""
-    size, folder = preset(), setting.stores.folder / "kfac-gradients"
+    size, folder = preset(), setting.stores.folder / f"{setting.name}-kfac-gradients"
     usual = dict(draws=size.kfac_draws, curvature_draws=size.curvature_draws, folder=folder)
     return KFAC(setting.bench.pipe(), setting.samples, **usual | options)
