@@ -82,6 +82,7 @@ PIPELINES = {
     "tiny-sd3-full":   _here("tuned SD 3, 64×64",  "tune_tiny_sd3_full", "sd3", _TINY_FULL, None, "sd3-full"),
     "ddpm-mnist":      _here("digits, 16×16",      "train_ddpm_mnist",   "ddpm-mnist"),
     "ddpm-clipart":    _here("clipart, 16×16",     "train_ddpm_clipart", "ddpm-clipart"),
+    "ddpm-drawings":   _here("drawings, 16×16",    "train_ddpm_drawings", "ddpm-drawings"),
     "ddpm-cifar10":    _on_hub("DDPM, 32×32 CIFAR-10 (Ho et al. 2020)", _CIFAR10, "ddpm-mnist"),
     "sd14-lora":       _on_hub("SD 1.4, adapters to be trained",   _SD14, "tiny-sd-lora",  _LORA),
     "sd3-medium-lora": _on_hub("SD 3 Medium with DMin's adapters", _SD3,  "tiny-sd3-lora", _LORA, _SD3_LORA),

@@ -84,6 +84,7 @@ TRAINING = dict(
     train_steps=Row(20, 3600, 50_000, "steps of the DDPM"),
     train_batch=Row(128, 64, 128, "images a step"),
     n_samples=Row(16, 500, 10_000, "generated images that a trained DDPM is judged by"),
+    drawings_steps=Row(20, 5000, 5000, "steps of the DDPM that draws other pictures, a base"),
     clipart_steps=Row(20, 10_000, 10_000, "steps of the DDPM that draws clipart"),
     digit_size=Row(16, 16, 32, "height and width of the unconditional models' images"),
     ddpm_channels=Row((16, 32, 64), (16, 32, 64), (64, 128, 256), "width of each level of those"),

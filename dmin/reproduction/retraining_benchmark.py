@@ -66,6 +66,7 @@ class UnconditionalRecipe(BenchmarkRecipe):
     in_channels: int = 1        # 3 for colour
     channels: tuple = (16, 32)
     layers: int = 1             # residual blocks a level
+    base: str | None = None     # in `PIPELINES`, which is tuned; None: new weights, shaped as the above says
 
     def images(self, split: str):
         """A `datasets.Dataset`: "train", as many as `samples`, or "test", as many as `queries`."""
@@ -74,6 +75,7 @@ class UnconditionalRecipe(BenchmarkRecipe):
 
     def untrained(self, seed: int = 0):
         """The `DDPMPipeline` before training."""
+        if self.base: return load_pipeline(self.base)
         return tiny_ddpm(self.size, self.in_channels, self.channels, self.layers, seed)
 
     def load(self, folder: Path): return load_pipeline(folder)
