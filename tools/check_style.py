@@ -41,7 +41,7 @@ LONG = {
     "_Files": 28,
     "DigitClassifier": 42,
     "RetrainingBenchmark": 77,
-    "KeptScores": 47,
+    "KeptScores": 48,
     "_PLACES": 26,
     "Study": 48,
     "PromptedRecipe": 26,

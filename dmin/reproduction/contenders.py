@@ -20,7 +20,7 @@ from ..methods.dmin import DMin
 from ..methods.first_order import Gradient, TracInCP
 from ..methods.second_order import DataInf, LiSSA
 from ..methods.similarity import CLIP, Random, RawPixels, SSIM
-from ..methods.squared import Removal, SquaredKernels
+from ..methods.squared import Removal, SquaredKernels, StandardisedMean
 from ..methods.trak import TRAK
 from ..methods.whitened import WhitenedDMin
 from .presets import preset
@@ -67,7 +67,8 @@ def contenders(setting: RetrainingSetup) -> dict[str, Callable[[], Attributor]]:
         "Squared kernels": lambda: SquaredKernels(average()),
         "Removal": lambda: Removal(loss(), average()),
         **_layer_by_layer(setting),
-        "K-FAC": lambda: published_kfac(setting)}
+        "K-FAC": lambda: published_kfac(setting),
+        "Removal with K-FAC": lambda: StandardisedMean([Removal(loss(), average()), published_kfac(setting)])}
 
 # %% ../../nbs/reproduction/11_contenders.ipynb #2ea5f9da
 @dataclass(frozen=True)

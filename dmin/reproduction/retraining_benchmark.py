@@ -312,7 +312,8 @@ class KeptScores:
         """Computes and keeps what is missing of some methods, one after the other."""
         for name in bar(self.missing(methods), "scoring", unit="method", disable=not progress):
             method = methods[name]()
-            self.keep(name, method.scores(queries), damping=getattr(method, "damping", None))
+            about = {x: getattr(method, x) for x in ("damping", "dampings") if hasattr(method, x)}
+            self.keep(name, method.scores(queries), **about)
         return self
 
     def keep(self, name: str, scores: torch.Tensor, **about) -> None:
@@ -320,7 +321,7 @@ class KeptScores:
         tensors, methods = dict(self._read()[0]), self.about
         tensors[name] = _as_kept(scores)
         digest = hashlib.sha256(tensors[name].numpy().tobytes()).hexdigest()
-        methods[name] = {key: x for key, x in about.items() if x is not None} | {"sha256": digest}
+        methods[name] = about | {"sha256": digest}
         write_tensors(self.path, tensors, {"methods": methods})
 
 # %% ../../nbs/reproduction/06_retraining_benchmark.ipynb #a6abb3a2
