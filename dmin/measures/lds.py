@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['ScoreMatrix', 'random_subsets', 'lds_per_query', 'seed_correlation_per_query', 'another_seed_per_query', 'ceiling',
            'exact_retraining', 'elbo_weights', 'lds_intervals', 'another_seed_intervals', 'attributable', 'LDSTable',
-           'lds_table', 'lds_difference', 'lds_differences', 'lds_draws', 'contrast', 'smallest_visible_difference']
+           'lds_table', 'exact_retraining_interval', 'lds_difference', 'lds_differences', 'lds_draws', 'contrast',
+           'smallest_visible_difference']
 
 # %% ../../nbs/measures/05_lds.ipynb #6264ddaa
 from collections.abc import Callable, Mapping, Sequence
@@ -308,19 +309,21 @@ def _caption(table: LDSTable) -> str:
     return f"{what} [95 % interval over subsets and queries], {about}{known}"
 
 # %% ../../nbs/measures/05_lds.ipynb #683f196f
+def _follows(formula: Callable, single: Interval, seeds: int) -> Interval:
+    """In percent, what a formula makes of the correlation between single seeds and its interval."""
+    return Interval(*(100 * formula(x / 100, seeds) for x in (single.mean, single.low, single.high)))
+
+
 def _reachable(values: torch.Tensor, another: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor):
     """Row -> its percent: what can be reached. `values` (subsets, seeds, n_queries); `another` is what
     `_another_seed` makes of them, draws are those of `_drawn`.
     """
     seeds, single = values.shape[1], _mean(_between_seeds(values, rows), columns)
 
-    def follows(formula: Callable) -> Interval:
-        return Interval(*(100 * formula(x / 100, seeds) for x in (single.mean, single.low, single.high)))
-
     return {
         "another seed's model": _mean(another, columns),
-        "exact retraining, estimated": follows(exact_retraining),
-        "ceiling, estimated": follows(ceiling)}
+        "exact retraining, estimated": _follows(exact_retraining, single, seeds),
+        "ceiling, estimated": _follows(ceiling, single, seeds)}
 
 # %% ../../nbs/measures/05_lds.ipynb #8ba02bb0
 def _each_lds(
@@ -357,6 +360,20 @@ def lds_table(
             out[measurement] |= _reachable(_seeds(values), another, rows, columns)
             known[measurement] = sum(x.low > 0 for x in _of_queries(another))
     return LDSTable(out, len(masks), values.shape[2], known)
+
+# %% ../../nbs/measures/05_lds.ipynb #a1492ded
+def exact_retraining_interval(
+    measured: torch.Tensor,   # (subsets, seeds, n_queries), as in `lds_per_query`
+    models: int,              # how many that one more model predicts the mean of
+    draws: int = 200,         # bootstrap samples
+) -> Interval:
+    """`exact_retraining` of `models`, in percent, with its interval over subsets and queries.
+
+    The correlation between single seeds is that of the seeds at hand. Raises `ValueError` for fewer than two.
+    """
+    values = _seeds(measured)
+    rows, columns = _drawn(len(values), values.shape[2], draws)
+    return _follows(exact_retraining, _mean(_between_seeds(values, rows), columns), models)
 
 # %% ../../nbs/measures/05_lds.ipynb #09b9cff7
 def lds_difference(

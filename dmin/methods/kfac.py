@@ -6,12 +6,12 @@
 __all__ = ['AT_ONCE', 'PAPER_DAMPING', 'drawn', 'own_draws', 'by_parameter', 'encoded_rows', 'drawn_gradients', 'MeanGradients',
            'output_and_target', 'CurvatureBatches', 'factored_parameters', 'only_trainable', 'curvature_operator',
            'LayerBasis', 'layer_bases', 'solved_by_layers', 'Curvature', 'rounded', 'all_timesteps',
-           'check_before_factors', 'FactoredInfluence', 'KFAC', 'query_matrices', 'StoreKFAC', 'stochastic_sampler',
-           'ancestral_trajectories', 'trajectory_matrices']
+           'check_before_factors', 'FactoredInfluence', 'KFAC', 'scores_by_damping', 'query_matrices', 'StoreKFAC',
+           'stochastic_sampler', 'ancestral_trajectories', 'trajectory_matrices']
 
 # %% ../../nbs/methods/05_kfac.ipynb #cddb1cf0
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy
 from functools import partial
@@ -465,6 +465,24 @@ class KFAC(FactoredInfluence):
     def meet(self, vectors: torch.Tensor) -> torch.Tensor:   # (n, n_train)
         """Inner products of preconditioned gradients (n, d) with the training samples'."""
         return torch.cat([vectors @ train.T for _, train in self.gradients], 1)
+
+# %% ../../nbs/methods/05_kfac.ipynb #be05b8f2
+def scores_by_damping(
+    methods: Mapping[str, KFAC],   # name -> method; those of one `variant` family share their gradients
+    queries,                       # a `datasets.Dataset` of images
+    dampings: Mapping[str, Sequence[float]],   # name -> shares of the mean eigenvalue
+) -> dict[str, dict[float, torch.Tensor]]:     # name -> damping -> (n_queries, n_train)
+    """Scores of K-FAC at several dampings, some queries at a time. The methods keep their own damping."""
+    found = {name: {x: [] for x in dampings[name]} for name in methods}
+    for rows in torch.arange(len(queries)).split(AT_ONCE):
+        block = queries.select(rows.tolist())
+        for name, method in methods.items():
+            several = copy(method)
+            matrices = several.query_matrices(block)
+            vectors = [several.set_damping(x).precondition(matrices) for x in found[name]]
+            parts = several.meet(torch.cat(vectors)).split(len(rows))
+            for x, part in zip(found[name], parts): found[name][x].append(part)
+    return {name: {x: torch.cat(parts) for x, parts in by.items()} for name, by in found.items()}
 
 # %% ../../nbs/methods/05_kfac.ipynb #9f86467b
 def query_matrices(

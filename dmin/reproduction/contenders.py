@@ -18,7 +18,6 @@ from ..core.scores import Attributor
 from ..methods.das import DAS
 from ..methods.dmin import DMin
 from ..methods.first_order import Gradient, TracInCP
-from ..methods.kfac import KFAC
 from ..methods.second_order import DataInf, LiSSA
 from ..methods.similarity import CLIP, Random, RawPixels, SSIM
 from ..methods.squared import Removal, SquaredKernels, StandardisedMean
@@ -26,7 +25,7 @@ from ..methods.trak import TRAK
 from ..methods.whitened import WhitenedDMin
 from .presets import preset
 from .retraining_benchmark import UnconditionalRecipe
-from .setups import RetrainingSetup
+from .setups import published_kfac, RetrainingSetup
 
 # %% ../../nbs/reproduction/11_contenders.ipynb #9f190501
 def _layer_by_layer(setting: RetrainingSetup) -> dict[str, Callable]:
@@ -43,12 +42,6 @@ def _checkpoints(setting: RetrainingSetup) -> dict[str, Callable]:
     if not isinstance(setting.bench.recipe, UnconditionalRecipe): return {}
     def stores(): return [setting.store(model=m) for m in ("seed-0-early", "seed-0-middle", "seed-0")]
     return {"TracInCP": lambda: TracInCP(stores()), "GAS": lambda: TracInCP(stores(), cosine=True)}
-
-
-def _kfac(setting: RetrainingSetup) -> KFAC:
-    few = dict(draws=4, curvature_draws=4) if preset().name == "smoke" else dict(curvature_draws=10)
-    folder = setting.stores.folder / f"{setting.name}-kfac-gradients"
-    return KFAC(setting.bench.pipe(), setting.samples, folder=folder, **few)
 
 # %% ../../nbs/reproduction/11_contenders.ipynb #f14f956a
 def contenders(setting: RetrainingSetup) -> dict[str, Callable[[], Attributor]]:
@@ -74,8 +67,8 @@ def contenders(setting: RetrainingSetup) -> dict[str, Callable[[], Attributor]]:
         "Squared kernels": lambda: SquaredKernels(average()),
         "Removal": lambda: Removal(loss(), average()),
         **_layer_by_layer(setting),
-        "K-FAC": lambda: _kfac(setting),
-        "Removal with K-FAC": lambda: StandardisedMean([Removal(loss(), average()), _kfac(setting)])}
+        "K-FAC": lambda: published_kfac(setting),
+        "Removal with K-FAC": lambda: StandardisedMean([Removal(loss(), average()), published_kfac(setting)])}
 
 # %% ../../nbs/reproduction/11_contenders.ipynb #2ea5f9da
 @dataclass(frozen=True)

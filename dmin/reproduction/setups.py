@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PROMPTED', 'PUBLISHED_MODELS', 'PUBLISHED_SUBSETS', 'StoreCache', 'trained_once', 'tuned_pipeline',
            'TextToImageSetup', 'detection_by_subset', 'paper_counts', 'Enlarged', 'enlarged', 'trained_ddpm',
-           'UnconditionalSetup', 'preset_benchmark', 'RetrainingSetup']
+           'UnconditionalSetup', 'preset_benchmark', 'RetrainingSetup', 'published_kfac']
 
 # %% ../../nbs/reproduction/08_setups.ipynb #f45e4e4c
 import os
@@ -30,6 +30,7 @@ from ..families.ddpm import tiny_ddpm
 from ..measures.costs import timed_collect
 from ..measures.detection import detection_table, DetectionTable
 from ..measures.lds import lds_draws, lds_table, LDSTable
+from ..methods.kfac import KFAC
 from ..pipelines import generate, load_pipeline, PIPELINES
 from .claims import published
 from .digits import train_classifier
@@ -454,3 +455,10 @@ class RetrainingSetup:
             return f"{r.base} with {trained:,} trained parameters, {len(b.samples):,} images, {models}"
         images = f"{r.samples:,} images of {r.dataset}, {r.size}×{r.size} pixels"
         return f"DDPM of {trained / 1e6:.2g} M parameters, {images}, {models}"
+
+# %% ../../nbs/reproduction/08_setups.ipynb #843eef9b
+def published_kfac(setting: RetrainingSetup, **options) -> KFAC:
+    """K-FAC on the benchmark's model; options as of `KFAC`."""
+    size, folder = preset(), setting.stores.folder / f"{setting.name}-kfac-gradients"
+    usual = dict(draws=size.kfac_draws, curvature_draws=size.curvature_draws, folder=folder)
+    return KFAC(setting.bench.pipe(), setting.samples, **usual | options)
