@@ -97,6 +97,7 @@ class _Files:
         return tensors
 
     def pack(self, target: Path) -> None:
+        if not self.names(): return
         write_tensors(target, _as_differences(self.read(sorted(self.names()))))
         for path in self.opened - {target}: path.unlink()
         self.opened, self.where = set(), {}
@@ -173,7 +174,8 @@ class Retrained:
 
     def pack(self) -> Path:
         """Puts all models into one file, `models.safetensors`, and removes the single ones: float32 outputs
-        keep 11 bits of their difference from the mean. Not while another process builds.
+        keep 11 bits of their difference from the mean. Where no model is, there is no file either. Not while
+        another process builds.
         """
         self._files.pack(self.folder / "models.safetensors")
         return self.folder / "models.safetensors"
