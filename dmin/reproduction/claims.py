@@ -209,11 +209,11 @@ def surely_above(
 
 
 def would_show(differences: Sequence[Interval], bound: float = 0.) -> float | None:
-    """How far from the bound a difference had to be to show: half the width of the widest interval that holds
-    it. None where all can say.
+    """How far from the bound a difference had to be to show in four runs of five, for the widest interval that
+    holds it. None where all can say.
     """
-    widths = [(x.high - x.low) / 2 for x in differences if x.low <= bound <= x.high]
-    return max(widths, default=None)
+    unsure = [x for x in differences if x.low <= bound <= x.high]
+    return max(map(smallest_visible_difference, unsure), default=None)
 
 # %% ../../nbs/reproduction/07_claims.ipynb #9660d391
 def difference_in_words(
