@@ -8,10 +8,15 @@ from dmin import collect, generate, make_objective, register_objective
 from dmin.core.compression import NoCompression
 from dmin.core.gradients import flatten_like_gradient, sample_gradients
 from dmin.core.images import as_samples
-from dmin.core.objective import Objective
+from dmin.core.objective import network, Objective
 from dmin.core.registry import FAMILIES, pipeline_family
+from dmin.lora import add_lora
 
-FAMILY_NAMES = ("DDPMPipeline", "LDMPipeline", "DiTPipeline", "StableDiffusionPipeline", "StableDiffusion3Pipeline")
+FAMILY_NAMES = (
+    "DDPMPipeline", "LDMPipeline", "DiTPipeline", "StableDiffusionPipeline", "StableDiffusionInpaintPipeline",
+    "StableDiffusionXLPipeline", "StableDiffusionXLInpaintPipeline", "StableDiffusion3Pipeline", "FluxPipeline",
+    "Flux2KleinPipeline", "SanaPipeline", "ZImagePipeline", "QwenImagePipeline", "PixArtAlphaPipeline",
+    "PixArtSigmaPipeline")
 CONDITIONS = {"prompt": ["a rose", "a card", "a cup"], "label": [0, 3, 5]}
 
 
@@ -40,7 +45,13 @@ def rows(family, pipe):
     return as_samples([dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)])
 
 
-def test_gradients_are_autograds(pipe, rows):
+@pytest.mark.parametrize("adapters", (False, True))
+def test_gradients_are_autograds(pipe, rows, adapters):
+    """Of all parameters, and of adapters that have moved away from where they change nothing."""
+    if adapters:
+        if not hasattr(network(pipe), "add_adapter"): pytest.skip("a network without adapters")
+        for name, p in network(add_lora(pipe)).named_parameters():
+            if "lora_B" in name: torch.nn.init.normal_(p, std=.1)
     objective, t = make_objective(pipe), torch.tensor([400])
     parameters = list(objective.parameters.values())
     engine = sample_gradients(objective, rows, t, NoCompression(sum(p.numel() for p in parameters)))

@@ -9,13 +9,14 @@ __all__ = ['RULES', 'flatten_like_gradient', 'unflatten_like_gradient', 'Sink', 
 # %% ../../nbs/core/11_gradients.ipynb #89fd56b7
 from collections import Counter
 from collections.abc import Callable
-from contextlib import contextmanager, ExitStack
+from contextlib import contextmanager, ExitStack, nullcontext
 from itertools import accumulate
 from typing import NamedTuple
 
 import torch
 from torch import nn
 import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from .checks import whole, whole_seed
@@ -276,12 +277,21 @@ def _generic(call: _Call, grads, sink):
         for name, p in named.items(): sink.add(p, flatten_like_gradient(gradients[name], 1).detach(), i)
 
 # %% ../../nbs/core/11_gradients.ipynb #4d781486
+def _whole(module: nn.Module) -> bool:
+    """Whether a module is handled as one: torch's own, and those that hold no other with parameters."""
+    inner = (p for child in module.children() for p in child.parameters())
+    return type(module).__module__.startswith("torch.nn.") or next(inner, None) is None
+
+
 def _units(module, wants, name=""):
-    """Which modules are handled as one, by name: the outermost that own a counted parameter themselves."""
-    if any(wants(p) for p in module.parameters(recurse=False)): return {name: module}
-    units = {}
-    for child, m in module.named_children(): units |= _units(m, wants, f"{name}.{child}".lstrip("."))
-    return units
+    """Which modules are handled as one, by name, and the parameters that stand between them."""
+    own = {f"{name}.{key}".lstrip("."): p for key, p in module.named_parameters(recurse=False) if wants(p)}
+    if own and _whole(module): return {name: module}, {}
+    units, between = {}, own
+    for child, m in module.named_children():
+        below = _units(m, wants, f"{name}.{child}".lstrip("."))
+        units, between = units | below[0], between | below[1]
+    return units, between
 
 
 @contextmanager
@@ -339,6 +349,56 @@ class _Tape:
             with torch.no_grad(): _apply_rule(call, grads, self.sink)
         self.hooks.callback(torch.autograd.graph.register_multi_grad_hook(watched, back).remove)
 
+# %% ../../nbs/core/11_gradients.ipynb #a68ae989
+class _Operation(nn.Module):
+    """One operation on parameters and other values, as a module that takes the other tensors."""
+
+    def __init__(self, function: Callable, flat: list, layout, made: dict[int, Callable], parameters: dict):
+        super().__init__()
+        self.function, self.flat, self.layout, self.made = function, flat, layout, made
+        for key, p in parameters.items(): self.register_parameter(key, p)
+
+    def forward(self, *others: torch.Tensor):
+        flat, rest = list(self.flat), iter(others)
+        for i, x in enumerate(flat):
+            if i in self.made: flat[i] = self.made[i](self)
+            elif torch.is_tensor(x): flat[i] = next(rest)
+        args, kwargs = tree_unflatten(flat, self.layout)
+        return self.function(*args, **kwargs)
+
+
+class _Between(TorchFunctionMode):
+    """While open, records on a tape the operations in which `parameters` (name -> parameter) meet others."""
+
+    def __init__(self, tape: "_Tape", parameters: dict[str, nn.Parameter]):
+        super().__init__()
+        self.tape, self.known = tape, {}   # id -> tensor, how to make it again, the parameters in it
+        for name, p in parameters.items():
+            key = name.replace(".", "/")
+            self.known[id(p)] = p, lambda module, key=key: getattr(module, key), {key: p}
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        output = function(*args, **kwargs)
+        flat, layout = tree_flatten((args, kwargs))
+        places = [i for i, x in enumerate(flat) if torch.is_tensor(x) and id(x) in self.known]
+        outputs, form = tree_flatten(output)
+        if not places or not any(torch.is_tensor(x) and x.is_floating_point() for x in outputs): return output
+        made = {i: self.known[id(flat[i])][1] for i in places}
+        parameters = {key: p for i in places for key, p in self.known[id(flat[i])][2].items()}
+        operation = _Operation(function, flat, layout, made, parameters)
+        others = [x for i, x in enumerate(flat) if torch.is_tensor(x) and i not in made]
+        if others: return self.tape.record(" and ".join(parameters), operation, tuple(others), {}, output)
+        for k, x in enumerate(outputs):
+            again = lambda module, k=k: tree_flatten(_part(operation, module))[0][k]
+            if torch.is_tensor(x): self.known[id(x)] = x, again, parameters
+        return tree_unflatten(outputs, form)
+
+
+def _part(operation: _Operation, module: nn.Module):
+    """What an operation on parameters alone gives for those of `module`."""
+    return torch.func.functional_call(operation, {k: getattr(module, k) for k, _ in operation.named_parameters()})
+
 # %% ../../nbs/core/11_gradients.ipynb #4bdb442c
 def _weighted_gradient(loss: Callable, weights: torch.Tensor, parameters: list, sink: Sink) -> torch.Tensor:
     """Autograd's compressed gradient (v,) of the samples' losses, weighted by `weights` (n,)."""
@@ -379,12 +439,13 @@ class PerSampleGradients:
     def __init__(self, model: nn.Module, parameters: dict[str, nn.Parameter], compressor):
         self.model, self.parameters, self.sink = model, parameters, Sink(parameters, compressor)
         self._tape = None   # outside of a forward pass; the generic path runs modules again
+        self._units, self._between = _units(model, self.sink.wants)
 
     def __enter__(self):
         self._open = ExitStack()
         self._open.enter_context(_frozen(self.model))
         # a module with two names once
-        units = {id(m): (name, m) for name, m in _units(self.model, self.sink.wants).items()}
+        units = {id(m): (name, m) for name, m in self._units.items()}
         for name, m in units.values():
             handle = m.register_forward_hook(self._hook(name), with_kwargs=True)
             self._open.callback(handle.remove)
@@ -399,7 +460,8 @@ class PerSampleGradients:
         """Returns compressed gradients (n, v) float32, norms (n,) and losses (rows,). See the class."""
         tape = self._tape = _Tape(self.sink)
         with torch.inference_mode(False), torch.enable_grad(), tape.hooks:
-            try: losses = loss()
+            try:
+                with _Between(tape, self._between) if self._between else nullcontext(): losses = loss()
             finally: self._tape = None
             _check_losses(losses, n)
             self.sink.begin(n, tape.uses, losses.device)
@@ -477,6 +539,17 @@ def _one_pass(gradients, ask: _Asked, pair: torch.Tensor, draws: range, verify: 
     return compressed, norms, losses.view(len(pair), len(draws)).mean(1)
 
 
+def _kind_by_kind(gradients, ask: _Asked, pair: torch.Tensor, *options):
+    """`_all_draws` of pairs, with a pass for each of the objective's kinds of samples."""
+    kinds = ask.objective.kinds(ask.encoded)
+    if kinds is None: return _all_draws(gradients, ask, pair, *options)
+    ours = kinds.to(pair.device)[pair // len(ask.steps)]
+    rows = [(ours == kind).nonzero()[:, 0] for kind in ours.unique()]
+    parts = [_all_draws(gradients, ask, pair[x], *options) for x in rows]
+    place = torch.cat(rows).argsort()
+    return tuple(torch.cat(x)[place] for x in zip(*parts))
+
+
 def _all_draws(gradients, ask: _Asked, pair: torch.Tensor, compressor, verify: bool):
     """The same over all draws. Where they do not fit into a pass, whole gradients of one pair are summed,
     then compressed, as the norm of a mean needs the mean.
@@ -547,7 +620,7 @@ def sample_gradients(
     with PerSampleGradients(objective.model, objective.parameters, inner) as gradients:
         for first in bar(pairs, desc="gradients", unit="batch", disable=not progress):
             pair = torch.arange(first, min(n * T, first + pairs.step), device=device)
-            parts = _all_draws(gradients, ask, pair, compressor, verify and first == 0)
+            parts = _kind_by_kind(gradients, ask, pair, compressor, verify and first == 0)
             _check_finite(parts[2], parts[1], names, pair // T, steps[pair % T])
             for total, part in zip(wholes, parts): total[first:first + len(pair)] = part
     return Gradients(*(x.unflatten(0, (n, T)) for x in wholes))

@@ -228,6 +228,11 @@ class Objective:
         """The loss of each row, or its other output; means are weighted by `encoded["weight"]`, if given."""
         return OUTPUTS[self.output](*self.predict(encoded, t, eps), encoded.get("weight"))
 
+    def kinds(self, encoded: dict) -> torch.Tensor | None:
+        """A number (n,) for each row where only rows of the same may share a pass, as prompts of different
+        lengths may not in some networks; None: all may.
+        """
+
     def noisy(self, z0: torch.Tensor, eps: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         """What the network sees, (n, *shape): `z0` with the noise `eps` of timesteps `t`. Linear in both."""
         return self.schedule.mix(z0, eps, t)

@@ -28,6 +28,9 @@ class LDMObjective(LatentObjective):
     @property
     def autoencoder(self): return self.pipe.vqvae
 
+    @classmethod
+    def shrink(cls, pipe) -> int: return 2 ** (len(pipe.vqvae.config.block_out_channels) - 1)
+
     def scaled_latents(self, x: torch.Tensor) -> torch.Tensor:
         """Images (n, 3, H, W) in [-1, 1] to latents (n, C, h, w), not quantised."""
         vae = self.autoencoder

@@ -14,12 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
-from ..core.checks import whole
 from ..core.images import height_and_width
 from ..core.registry import register_family
 from .ddpm import seeded
+from .flow import FlowObjective
 from .latent import (
-    PromptedObjective, height_and_width_options, latent_side, tiny_text_encoder, tiny_vae, train_tokenizer)
+    height_and_width_options, latent_side, tiny_text_encoder, tiny_vae, train_tokenizer)
 
 # %% ../../nbs/families/03_stable_diffusion_3.ipynb #3d39f091
 class _CountLast(TorchFunctionMode):
@@ -51,28 +51,18 @@ def zeros_counted(pipe, latent_size: tuple[int, int], times: int = 256):
     return _CountLast(patches + pipe.tokenizer_max_length + 1, times)
 
 # %% ../../nbs/families/03_stable_diffusion_3.ipynb #1a52f342
-class StableDiffusion3Objective(PromptedObjective):
-    """Rectified flow in latent space. Options: those of `PromptedObjective`, and `max_sequence_length`:
-    tokens for T5, or zeros in its place.
+class StableDiffusion3Objective(FlowObjective):
+    """Rectified flow in latent space. Options: those of `FlowObjective`; `max_sequence_length` are tokens for
+    T5, or zeros in its place.
 
     With `released`, the output is also compared with `eps` instead of `eps - z_0`. Source: Esser et al. 2024,
     Eq. 13 and section 3.1.
     """
 
-    flow = True
+    tokens = 256
 
-    def __init__(self, pipe, parameters=None, max_sequence_length: int = 256, **options):
-        max_sequence_length = whole("max_sequence_length", max_sequence_length)
-        super().__init__(pipe, parameters, **options)
-        if max_sequence_length != 256: self.options["max_sequence_length"] = max_sequence_length
-        self.max_sequence_length = max_sequence_length
-
-    def draw_timesteps(self, n: int) -> torch.Tensor:
-        """Random timesteps (n,) int64, dense in the middle: a logistic of a normal number.
-
-        Source: Esser et al., Eq. 19.
-        """
-        return (torch.randn(n).sigmoid() * len(self.schedule)).long()
+    @property
+    def tokenizer(self): return self.pipe.tokenizer   # CLIP's, which reads less than T5's
 
     def embed_prompts(self, prompts: list[str]) -> dict[str, torch.Tensor]:
         """`prompt` (n, tokens, width) and `pooled` (n, width)."""
@@ -87,15 +77,17 @@ class StableDiffusion3Objective(PromptedObjective):
             max_sequence_length=length)
         return {"prompt": embeddings.to(self.device), "pooled": pooled.to(self.device)}
 
+    def velocity(self, zt: torch.Tensor, sigma: torch.Tensor, encoded: dict) -> torch.Tensor:
+        """The network's output, (n, *shape)."""
+        conditions = {"encoder_hidden_states": encoded["prompt"], "pooled_projections": encoded["pooled"],
+                      "timestep": 1000 * sigma}
+        with zeros_counted(self.pipe, zt.shape[2:], self.max_sequence_length):
+            return self.model(zt, **{k: x.to(zt.dtype) for k, x in conditions.items()}).sample
+
     def predict(self, encoded: dict, t: torch.Tensor, eps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """What the network predicts, and what it should, (n, *shape) each."""
-        z0, dtype = encoded["z0"], self.model.dtype
-        conditions = {"encoder_hidden_states": encoded["prompt"], "pooled_projections": encoded["pooled"],
-                      "timestep": self.schedule.times.to(t.device)[t]}
-        with zeros_counted(self.pipe, z0.shape[2:], self.max_sequence_length):
-            predicted = self.model(
-                self.noisy(z0, eps, t).to(dtype), **{k: x.to(dtype) for k, x in conditions.items()})
-        return predicted.sample.float(), eps if self.released else self.schedule.target(z0, eps, t)
+        predicted, target = super().predict(encoded, t, eps)
+        return predicted, eps if self.released else target
 
 # %% ../../nbs/families/03_stable_diffusion_3.ipynb #059022dd
 def tiny_sd3(
