@@ -77,3 +77,48 @@ def test_an_objective_alone():
     class NobodysObjective(Objective): pass
     try: assert FAMILIES["NobodysPipeline"].objective is NobodysObjective and FAMILIES["NobodysPipeline"].sample is None
     finally: del FAMILIES["NobodysPipeline"]
+
+
+def test_image_to_image_pipelines_are_their_base():
+    """The same gradients, and the same images from prompts."""
+    from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionXLImg2ImgPipeline
+    pairs = (("StableDiffusionPipeline", StableDiffusionImg2ImgPipeline, dict(requires_safety_checker=False)),
+             ("StableDiffusionXLPipeline", StableDiffusionXLImg2ImgPipeline, dict(add_watermarker=False)))
+    for name, kind, options in pairs:
+        base = found(name).tiny()
+        other = kind(**base.components, **options)
+        assert make_objective(base).fingerprint() == make_objective(other).fingerprint()
+        one, two = (generate(p, "a rose", steps=2, progress=False)["image"][0] for p in (base, other))
+        assert np.array_equal(one, two)
+
+
+def test_a_refiner_is_told_a_score():
+    from diffusers import StableDiffusionXLImg2ImgPipeline, UNet2DConditionModel
+    parts = found("StableDiffusionXLPipeline").tiny().components
+    unet = UNet2DConditionModel.from_config(
+        parts["unet"].config, projection_class_embeddings_input_dim=64 + 5 * 8, cross_attention_dim=64)
+    parts |= dict(unet=unet, text_encoder=None, tokenizer=None)
+    pipe = StableDiffusionXLImg2ImgPipeline(**parts, requires_aesthetics_score=True, add_watermarker=False)
+    rows = {"image": [Image.new("RGB", (80, 64))] * 2, "prompt": ["a rose", "a card"]}
+    objective = make_objective(pipe, aesthetic_score=2.5)
+    encoded = objective.encode(rows)
+    assert encoded["time_ids"].tolist() == [[64, 80, 0, 0, 2.5]] * 2
+    assert objective.loss(encoded, torch.tensor([9, 9]), torch.randn(2, *objective.shape)).isfinite().all()
+    with pytest.raises(ValueError, match="only a refiner"):
+        make_objective(found("StableDiffusionXLPipeline").tiny(), aesthetic_score=2.5)
+
+
+def test_a_flows_shift():
+    """By resolution it is the sampler's own; a number takes the place of the scheduler's."""
+    pipe = found("FluxPipeline").tiny()
+    scheduler, tokens = pipe.scheduler, 4 * 4
+    line = (scheduler.config.max_shift - scheduler.config.base_shift) / (4096 - 256)
+    mu = scheduler.config.base_shift + line * (tokens - 256)
+    scheduler.set_timesteps(sigmas=np.linspace(1, .1, 10), mu=mu)
+    levels = make_objective(pipe, shift="resolution").schedule.noise
+    assert torch.allclose(levels[99::100].flip(0), scheduler.sigmas[:-1], atol=1e-5)
+    plain, three = make_objective(pipe), make_objective(pipe, shift=3)
+    assert torch.allclose(plain.schedule.noise[499], torch.tensor(.5))
+    assert torch.allclose(three.schedule.noise[499], torch.tensor(.75))
+    assert len({x.fingerprint() for x in (plain, three, make_objective(pipe, shift="resolution"))}) == 3
+    with pytest.raises(ValueError, match="shift=0"): make_objective(pipe, shift=0)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['place_ids', 'FluxObjective', 'tiny_flux']
 
-# %% ../../nbs/families/06_flux.ipynb #e4496f6d
+# %% ../../nbs/families/06_flux.ipynb #0da301d3
 import torch
 
 from ..core.checks import finite
@@ -15,7 +15,7 @@ from .flow import FlowObjective, packed, unpacked
 from .latent import (
     latent_side, sample_prompted, tiny_t5, tiny_text_encoder, tiny_vae, train_tokenizer)
 
-# %% ../../nbs/families/06_flux.ipynb #e71c2228
+# %% ../../nbs/families/06_flux.ipynb #94423409
 def place_ids(height: int, width: int, device=None) -> torch.Tensor:   # (height · width, 3)
     """Each token's place: 0, its row, its column."""
     rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
@@ -47,7 +47,9 @@ class FluxObjective(FlowObjective):
     def patch(self) -> int: return 2
 
     @property
-    def tokenizer(self): return self.pipe.tokenizer_2
+    def reader(self) -> tuple:
+        """T5's tokenizer, and how many tokens it reads."""
+        return self.pipe.tokenizer_2, self.max_sequence_length
 
     def embed_prompts(self, prompts: list[str]) -> dict[str, torch.Tensor]:
         """`prompt` (n, tokens, width) and `pooled` (n, width)."""
@@ -68,7 +70,7 @@ class FluxObjective(FlowObjective):
             img_ids=place_ids(*self.grid, zt.device)).sample
         return unpacked(out, zt.shape)
 
-# %% ../../nbs/families/06_flux.ipynb #b58ac768
+# %% ../../nbs/families/06_flux.ipynb #2f26293c
 def tiny_flux(
     size: int = 32,            # height and width of the images
     guidance: bool = True,     # whether the network is told a scale, as dev is and schnell is not
@@ -89,7 +91,7 @@ def tiny_flux(
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
-# %% ../../nbs/families/06_flux.ipynb #1ac24b97
+# %% ../../nbs/families/06_flux.ipynb #0b6cdf08
 register_family(
     "FluxPipeline",
     objective=FluxObjective,

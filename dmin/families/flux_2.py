@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['stacked', 'four_ids', 'Flux2Objective', 'tiny_flux_2']
 
-# %% ../../nbs/families/07_flux_2.ipynb #d06c46f5
+# %% ../../nbs/families/07_flux_2.ipynb #3f4a63fb
 import torch
 
 from ..core.registry import register_family
@@ -14,7 +14,7 @@ from .flow import FlowObjective
 from .flux import FluxObjective
 from .latent import sample_prompted, tiny_language_model
 
-# %% ../../nbs/families/07_flux_2.ipynb #0da87966
+# %% ../../nbs/families/07_flux_2.ipynb #3e181727
 def stacked(z: torch.Tensor) -> torch.Tensor:   # (n, C, h, w) -> (n, 4 C, h / 2, w / 2)
     """Squares of four latents as channels."""
     n, c, h, w = z.shape
@@ -42,7 +42,10 @@ class Flux2Objective(FluxObjective):
     def channels(self) -> int: return 4 * self.autoencoder.config.latent_channels
 
     @property
-    def tokenizer(self): return self.pipe.tokenizer
+    def reader(self) -> tuple:
+        """The language model's tokenizer, and how many tokens it reads."""
+        processor = self.pipe.tokenizer
+        return getattr(processor, "tokenizer", processor), self.max_sequence_length
 
     def embed_prompts(self, prompts: list[str]) -> dict[str, torch.Tensor]:
         """`prompt` (n, tokens, width)."""
@@ -68,7 +71,7 @@ class Flux2Objective(FluxObjective):
             img_ids=four_ids(1, *zt.shape[2:], 1, zt.device).expand(n, -1, -1)).sample
         return out.transpose(1, 2).reshape(zt.shape)
 
-# %% ../../nbs/families/07_flux_2.ipynb #259b60df
+# %% ../../nbs/families/07_flux_2.ipynb #35e4df1e
 def _tiny_vae(size: int, seed: int):
     from diffusers import AutoencoderKLFlux2
 
@@ -97,7 +100,7 @@ def tiny_flux_2(
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
-# %% ../../nbs/families/07_flux_2.ipynb #994ad8d9
+# %% ../../nbs/families/07_flux_2.ipynb #e8174c32
 register_family(
     "Flux2Pipeline", "Flux2KleinPipeline",
     objective=Flux2Objective,

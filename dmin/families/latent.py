@@ -143,7 +143,7 @@ def _check_prompts(samples, names=None) -> list[str]:
     return prompts
 
 # %% ../../nbs/families/01_latent.ipynb #e6ed24e4
-def _warn_if_cut(tokenizer, prompts: list[str], most: int) -> None:
+def _warn_if_cut(tokenizer, most: int, prompts: list[str]) -> None:
     """Warns when more than a tenth of the prompts are longer than `most` tokens, with what was cut."""
     cut = []
     for i, ids in enumerate(tokenizer(prompts, truncation=False, verbose=False).input_ids):
@@ -340,13 +340,13 @@ class PromptedObjective(LatentObjective):
 
     def check(self, samples) -> None:
         """Raises `ValueError` for a missing or empty prompt; warns of prompts that are cut."""
-        tokenizer = self.tokenizer
-        _warn_if_cut(tokenizer, _check_prompts(samples), self.max_sequence_length or tokenizer.model_max_length)
+        _warn_if_cut(*self.reader, _check_prompts(samples))
 
     @property
-    def tokenizer(self):
-        """The one that reads most of a prompt."""
-        return self.pipe.tokenizer
+    def reader(self) -> tuple:
+        """The tokenizer that reads most of a prompt, and how many tokens it reads."""
+        tokenizer = self.pipe.tokenizer
+        return tokenizer, self.max_sequence_length or tokenizer.model_max_length
 
     @torch.no_grad()
     def embed(self, samples, names=None) -> dict[str, torch.Tensor]:

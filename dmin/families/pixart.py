@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PixArtObjective', 'PixArtAlphaObjective', 'tiny_pixart', 'sample_pixart']
 
-# %% ../../nbs/families/12_pixart.ipynb #3ee9277b
+# %% ../../nbs/families/12_pixart.ipynb #74d97ae0
 from functools import partial
 
 import torch
@@ -15,7 +15,7 @@ from .ddpm import seeded
 from .latent import (
     latent_side, PromptedObjective, sample_prompted, tiny_t5, tiny_vae, train_tokenizer)
 
-# %% ../../nbs/families/12_pixart.ipynb #5fa977d2
+# %% ../../nbs/families/12_pixart.ipynb #e746c302
 class PixArtObjective(PromptedObjective):
     """Mean squared error of the noise in latent space. Options: those of `PromptedObjective`.
 
@@ -52,10 +52,11 @@ class PixArtAlphaObjective(PixArtObjective):
     """The same of α, which reads 120 tokens of a prompt."""
     tokens = 120
 
-# %% ../../nbs/families/12_pixart.ipynb #94b8c63c
+# %% ../../nbs/families/12_pixart.ipynb #ce7bb648
 def tiny_pixart(
     size: int = 32,    # height and width of the images
-    alpha: bool = False,   # whether it is a `PixArtAlphaPipeline`, told the images' sizes
+    alpha: bool = False,   # whether it is a `PixArtAlphaPipeline`
+    sizes: bool = False,   # whether the network is told the images' sizes, as α's of 1,024 pixels
     seed: int = 0,     # of the weights
 ):
     """An untrained `PixArtSigmaPipeline`, or one of α."""
@@ -66,14 +67,14 @@ def tiny_pixart(
     transformer = seeded(seed, lambda: PixArtTransformer2DModel(
         num_attention_heads=2, attention_head_dim=18, in_channels=4, out_channels=8, num_layers=2,
         cross_attention_dim=36, sample_size=latent_side(vae), caption_channels=32,
-        use_additional_conditions=alpha))
+        use_additional_conditions=sizes))
     scheduler = DPMSolverMultistepScheduler(beta_start=1e-4, beta_end=.02, beta_schedule="linear")
     kind = PixArtAlphaPipeline if alpha else PixArtSigmaPipeline
     pipe = kind(tokenizer, tiny_t5(tokenizer, seed=seed), vae, transformer.eval(), scheduler)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
-# %% ../../nbs/families/12_pixart.ipynb #ef035728
+# %% ../../nbs/families/12_pixart.ipynb #5feac125
 def sample_pixart(pipe, prompts: list[str], generators: list[torch.Generator], steps: int, **options) -> list:
     """A batch of PIL images by the pipeline's own scheduler; options as of `sample_prompted`."""
     plain = dict(use_resolution_binning=False, clean_caption=False)

@@ -62,7 +62,10 @@ class StableDiffusion3Objective(FlowObjective):
     tokens = 256
 
     @property
-    def tokenizer(self): return self.pipe.tokenizer   # CLIP's, which reads less than T5's
+    def reader(self) -> tuple:
+        """The tokenizer that reads most of a prompt, and how many tokens it reads."""
+        t5, clip = self.pipe.tokenizer_3, self.pipe.tokenizer
+        return (clip, clip.model_max_length) if t5 is None else (t5, self.max_sequence_length)
 
     def embed_prompts(self, prompts: list[str]) -> dict[str, torch.Tensor]:
         """`prompt` (n, tokens, width) and `pooled` (n, width)."""

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['StableDiffusionXLObjective', 'tiny_sdxl']
 
-# %% ../../nbs/families/11_stable_diffusion_xl.ipynb #cfe69a70
+# %% ../../nbs/families/11_stable_diffusion_xl.ipynb #9aa88e5d
 from collections.abc import Sequence
 
 import torch
@@ -17,7 +17,7 @@ from .latent import (
     latent_side, sample_prompted, tiny_text_encoder, tiny_vae, train_tokenizer)
 from .stable_diffusion import sample_as_base, StableDiffusionObjective
 
-# %% ../../nbs/families/11_stable_diffusion_xl.ipynb #306dd7ac
+# %% ../../nbs/families/11_stable_diffusion_xl.ipynb #cef850d1
 class StableDiffusionXLObjective(StableDiffusionObjective):
     """Mean squared error in latent space, given prompt and sizes. Options: those of `PromptedObjective`, and
     `aesthetic_score`, which a refiner is told of every image.
@@ -37,7 +37,9 @@ class StableDiffusionXLObjective(StableDiffusionObjective):
     def refines(self) -> bool: return bool(self.pipe.config.get("requires_aesthetics_score"))
 
     @property
-    def tokenizer(self): return self.pipe.tokenizer_2
+    def reader(self) -> tuple:
+        """The second tokenizer, which a refiner has too, and how many tokens it reads."""
+        return self.pipe.tokenizer_2, self.pipe.tokenizer_2.model_max_length
 
     def embed(self, samples, names=None) -> dict[str, torch.Tensor]:
         """`prompt` (n, tokens, width), `pooled` (n, width) and `time_ids` (n, 6), or (n, 5) of a refiner."""
@@ -55,7 +57,7 @@ class StableDiffusionXLObjective(StableDiffusionObjective):
         sizes = {"text_embeds": encoded["pooled"].to(dtype), "time_ids": encoded["time_ids"].to(dtype)}
         return super().told(encoded, dtype) | {"added_cond_kwargs": sizes}
 
-# %% ../../nbs/families/11_stable_diffusion_xl.ipynb #58ca0dbf
+# %% ../../nbs/families/11_stable_diffusion_xl.ipynb #4f301bd6
 def tiny_sdxl(
     size: int = 64,          # height and width of the images
     channels: Sequence[int] = (32, 64),   # width of each level, a multiple of 16
@@ -82,7 +84,7 @@ def tiny_sdxl(
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
-# %% ../../nbs/families/11_stable_diffusion_xl.ipynb #bb42bc5d
+# %% ../../nbs/families/11_stable_diffusion_xl.ipynb #17e94c65
 register_family(
     "StableDiffusionXLPipeline",
     objective=StableDiffusionXLObjective,
