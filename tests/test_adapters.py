@@ -8,9 +8,14 @@ import pytest
 import torch
 from conftest import make_pipeline
 from diffusers import StableDiffusionPipeline
-from peft import LoraConfig, get_peft_model_state_dict
+from peft import get_peft_model_state_dict, LoHaConfig, LoKrConfig, LoraConfig
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from dmin.core.compression import NoCompression
+from dmin.core.gradients import flatten_like_gradient, sample_gradients
+from dmin.core.images import as_samples
+from dmin.core.registry import make_objective
 from dmin.methods.similarity import CLIP
 from dmin.lora import add_lora, load_lora, save_lora
 from dmin.pipelines import generate, load_pipeline, network
@@ -305,3 +310,38 @@ def test_adapters_that_are_none(bad, words):
 def test_adapters_take_other_numbers(words):
     pipe = add_lora(small("sd", words), rank=np.int64(2), alpha=1.5, seed=torch.tensor(1))
     assert {m.scaling["default"] for m in network(pipe).modules() if hasattr(m, "scaling")} == {.75}
+
+
+LAYERS, CONVOLUTIONS = ["to_k", "to_q", "to_v", "to_out.0"], ["conv1", "conv2"]
+KINDS = {
+    "LoRA": LoraConfig(r=4, lora_alpha=8, target_modules=LAYERS),
+    "LoRA of convolutions": LoraConfig(r=4, lora_alpha=8, target_modules=LAYERS + CONVOLUTIONS),
+    "DoRA": LoraConfig(r=4, lora_alpha=8, target_modules=LAYERS + CONVOLUTIONS, use_dora=True),
+    "rank-stabilised": LoraConfig(r=4, lora_alpha=8, target_modules=LAYERS, use_rslora=True),
+    "LoHa": LoHaConfig(r=4, alpha=8, target_modules=LAYERS + CONVOLUTIONS),
+    "LoKr": LoKrConfig(r=4, alpha=8, target_modules=LAYERS + CONVOLUTIONS)}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_of_every_kind_of_adapter(kind, words):
+    """Only the adapters count, and each sample's gradient is autograd's, in float64."""
+    pipe = small("sd", words)
+    pipe.unet.add_adapter(KINDS[kind])
+    torch.manual_seed(0)
+    for name, p in pipe.unet.named_parameters():
+        if any(part in name for part in ("lora_B", "hada_", "lokr_")): p.data.normal_(std=.1)
+    objective = make_objective(pipe)
+    tuned = {name for name, p in pipe.unet.named_parameters() if re.search("lora_|hada_|lokr_", name)}
+    assert set(objective.parameters) == tuned
+    pipe.unet.double()
+    rng = np.random.default_rng(0)
+    rows = as_samples([{"image": Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)), "prompt": x}
+                       for x in PROMPTS])
+    parameters, t = list(objective.parameters.values()), torch.tensor([400])
+    found = sample_gradients(objective, rows, t, NoCompression(sum(p.numel() for p in parameters)), verify=True)
+    encoded, noise = objective.encode(rows[:]), objective.draw_noise([400])[:, 0]
+    for i in range(3):
+        loss = objective.loss({name: x[i:i + 1] for name, x in encoded.items()}, t, noise).sum()
+        gradients = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
+        exact = torch.cat([flatten_like_gradient(g).flatten() for g in gradients])
+        assert (found.compressed[i, 0] - exact).norm() < 1e-5 * exact.norm()

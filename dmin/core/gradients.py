@@ -7,6 +7,7 @@ __all__ = ['RULES', 'flatten_like_gradient', 'unflatten_like_gradient', 'Sink', 
            'sample_gradients']
 
 # %% ../../nbs/core/11_gradients.ipynb #89fd56b7
+import itertools
 from collections import Counter
 from collections.abc import Callable
 from contextlib import contextmanager, ExitStack, nullcontext
@@ -262,31 +263,50 @@ def _generic(call: _Call, grads, sink):
     per_sample = [x.unflatten(0, (sink.n, -1)) for x, b in zip(inputs, batched) if b]
     constant = [x for x, b in zip(inputs, batched) if not b]
 
-    def backward(own, gs):   # of one sample: its inputs, and the gradients of its outputs
+    def forward(parameters, own):   # of one sample
         own, shared = iter(own), iter(constant)
         args, kwargs = tree_unflatten([next(own) if b else next(shared) for b in batched], layout)
-        def forward(parameters):
-            outputs = tree_flatten(torch.func.functional_call(call.module, parameters, args, kwargs))[0]
-            return [outputs[i] for i in call.places]
-        return torch.func.vjp(forward, {n: p.detach() for n, p in named.items()})[1](gs)[0]
+        outputs = tree_flatten(torch.func.functional_call(call.module, parameters, args, kwargs))[0]
+        return [outputs[i] for i in call.places]
 
     gs = [g.unflatten(0, (sink.n, -1)) for g in grads]
     for i, j in _parts(sink.n, sum(p.numel() for p in named.values())):
         with torch.enable_grad():
-            gradients = torch.func.vmap(backward)([x[i:j] for x in per_sample], [g[i:j] for g in gs])
+            gradients = _of_each(forward, named, [x[i:j] for x in per_sample], [g[i:j] for g in gs])
         for name, p in named.items(): sink.add(p, flatten_like_gradient(gradients[name], 1).detach(), i)
 
+
+def _of_each(forward: Callable, named: dict, own: list, gs: list) -> dict[str, torch.Tensor]:
+    """Gradients of each sample: at once, or one by one where a module's own functions do not allow that."""
+    def backward(own, gs):
+        values = {name: p.detach() for name, p in named.items()}
+        return torch.func.vjp(lambda parameters: forward(parameters, own), values)[1](gs)[0]
+    try: return torch.func.vmap(backward)(own, gs)
+    except RuntimeError as e:
+        if "functorch" not in str(e): raise
+    values, each = {name: p.detach().requires_grad_() for name, p in named.items()}, []
+    for i in range(len(gs[0])):
+        outputs = forward(values, [x[i] for x in own])
+        each.append(torch.autograd.grad(outputs, list(values.values()), [g[i] for g in gs]))
+    return dict(zip(named, map(torch.stack, zip(*each))))
+
 # %% ../../nbs/core/11_gradients.ipynb #4d781486
-def _whole(module: nn.Module) -> bool:
-    """Whether a module is handled as one: torch's own, and those that hold no other with parameters."""
-    inner = (p for child in module.children() for p in child.parameters())
+def _whole(module: nn.Module, wants: Callable) -> bool:
+    """Whether a module is handled as one: it uses counted parameters itself, and is torch's own, or keeps
+    them in a dictionary or list, or holds no other module with parameters.
+    """
+    children = list(module.children())
+    kept = [child for child in children if isinstance(child, (nn.ParameterDict, nn.ParameterList))]
+    if any(wants(p) for child in kept for p in child.parameters()): return True
+    if not any(wants(p) for p in module.parameters(recurse=False)): return False
+    inner = (p for child in children for p in child.parameters())
     return type(module).__module__.startswith("torch.nn.") or next(inner, None) is None
 
 
 def _units(module, wants, name=""):
     """Which modules are handled as one, by name, and the parameters that stand between them."""
+    if _whole(module, wants): return {name: module}, {}
     own = {f"{name}.{key}".lstrip("."): p for key, p in module.named_parameters(recurse=False) if wants(p)}
-    if own and _whole(module): return {name: module}, {}
     units, between = {}, own
     for child, m in module.named_children():
         below = _units(m, wants, f"{name}.{child}".lstrip("."))
@@ -370,9 +390,10 @@ class _Operation(nn.Module):
 class _Between(TorchFunctionMode):
     """While open, records on a tape the operations in which `parameters` (name -> parameter) meet others."""
 
-    def __init__(self, tape: "_Tape", parameters: dict[str, nn.Parameter]):
+    def __init__(self, tape: "_Tape", parameters: dict[str, nn.Parameter], model: nn.Module):
         super().__init__()
         self.tape, self.known = tape, {}   # id -> tensor, how to make it again, the parameters in it
+        self.constant = {id(x) for x in itertools.chain(model.parameters(), model.buffers())}
         for name, p in parameters.items():
             key = name.replace(".", "/")
             self.known[id(p)] = p, lambda module, key=key: getattr(module, key), {key: p}
@@ -388,16 +409,18 @@ class _Between(TorchFunctionMode):
         parameters = {key: p for i in places for key, p in self.known[id(flat[i])][2].items()}
         operation = _Operation(function, flat, layout, made, parameters)
         others = [x for i, x in enumerate(flat) if torch.is_tensor(x) and i not in made]
-        if others: return self.tape.record(" and ".join(parameters), operation, tuple(others), {}, output)
+        if any(id(x) not in self.constant for x in others):
+            return self.tape.record(" and ".join(parameters), operation, tuple(others), {}, output)
         for k, x in enumerate(outputs):
-            again = lambda module, k=k: tree_flatten(_part(operation, module))[0][k]
+            again = lambda module, k=k: tree_flatten(_part(operation, module, others))[0][k]
             if torch.is_tensor(x): self.known[id(x)] = x, again, parameters
         return tree_unflatten(outputs, form)
 
 
-def _part(operation: _Operation, module: nn.Module):
-    """What an operation on parameters alone gives for those of `module`."""
-    return torch.func.functional_call(operation, {k: getattr(module, k) for k, _ in operation.named_parameters()})
+def _part(operation: _Operation, module: nn.Module, others: list):
+    """What an operation on parameters and constants gives for those of `module`."""
+    own = {k: getattr(module, k) for k, _ in operation.named_parameters()}
+    return torch.func.functional_call(operation, own, tuple(others))
 
 # %% ../../nbs/core/11_gradients.ipynb #4bdb442c
 def _weighted_gradient(loss: Callable, weights: torch.Tensor, parameters: list, sink: Sink) -> torch.Tensor:
@@ -456,12 +479,16 @@ class PerSampleGradients:
     def _hook(self, name):
         return lambda *call: None if self._tape is None else self._tape.record(name, *call)
 
+    def _watching(self, tape):
+        """A context that records what is done with the parameters between modules, if there are any."""
+        return _Between(tape, self._between, self.model) if self._between else nullcontext()
+
     def __call__(self, loss: Callable[[], torch.Tensor], n: int):
         """Returns compressed gradients (n, v) float32, norms (n,) and losses (rows,). See the class."""
         tape = self._tape = _Tape(self.sink)
         with torch.inference_mode(False), torch.enable_grad(), tape.hooks:
             try:
-                with _Between(tape, self._between) if self._between else nullcontext(): losses = loss()
+                with self._watching(tape): losses = loss()
             finally: self._tape = None
             _check_losses(losses, n)
             self.sink.begin(n, tape.uses, losses.device)

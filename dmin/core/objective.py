@@ -61,7 +61,8 @@ def adapters_in_use(model: nn.Module) -> dict[str, nn.Parameter]:   # by name, i
         if layer.merged or layer.disable_adapters: continue
         for inner, _ in layer.named_parameters():
             parts = inner.split(".")
-            if parts[0].startswith("lora_") and set(parts) & set(layer.active_adapters):
+            own = parts[0] in (*layer.adapter_layer_names, "lora_magnitude_vector")   # the last is DoRA's
+            if own and set(parts) & set(layer.active_adapters):
                 used.add(f"{name}.{inner}".lstrip("."))
     return {name: p for name, p in model.named_parameters() if name in used}
 
