@@ -23,7 +23,6 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from .checks import whole, whole_seed
 from .compression import NoCompression
 from .objective import Objective
-from .regions import region_weight
 from .runtime import bar
 
 # %% ../../nbs/core/11_gradients.ipynb #d8158a44
@@ -549,7 +548,7 @@ def _encoded(objective: Objective, samples, names, regions) -> dict[str, torch.T
     with torch.no_grad(): encoded = objective.encode(samples[:], names)
     if regions is not None:
         pairs = zip(regions, samples, strict=True)
-        weights = [region_weight(region, x["image"], objective.shape) for region, x in pairs]
+        weights = [objective.region_weight(region, x["image"]) for region, x in pairs]
         encoded["weight"] = torch.stack(weights)
     return {name: x.to(objective.device) for name, x in encoded.items()}
 
@@ -623,7 +622,7 @@ def sample_gradients(
     names=None,                    # (n,) how to call the samples in errors; default: "sample 0", …
     verify: bool = False,          # check the first batch against autograd's summed gradient
     regions=None,                  # (n,) region of each image that the loss looks at, as in
-                                   # dmin.core.regions.region_weight; None: all of it
+                                   # dmin.core.regions.region_mask; None: all of it
     progress: bool = False,        # show a bar
 ) -> Gradients:
     """The compressed gradient of each sample's loss at each timestep, on the CPU.

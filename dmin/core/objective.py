@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from .checks import one_of, whole
-from .regions import weighted_mean
+from .regions import region_weight, weighted_mean
 from .schedule import noise_schedule, NoiseSchedule, training_settings
 
 # %% ../../nbs/core/09_objective.ipynb #a41e5ebc
@@ -220,6 +220,10 @@ class Objective:
 
     def check_image(self, image, name: str) -> None:
         """Raises `ValueError`, which calls it `name`, for an image that cannot be encoded; cheap."""
+
+    def region_weight(self, region, image) -> torch.Tensor:   # (1, h, w)
+        """A region of an image, as `dmin.core.regions.region_mask` takes it, as weights of the latent's positions."""
+        return region_weight(region, image, self.shape)
 
     def encoders(self) -> list[nn.Module]:
         """The frozen models that `encode` uses, such as an autoencoder; part of the fingerprint."""

@@ -12,12 +12,15 @@ import math
 import warnings
 from collections.abc import Iterable, Sequence
 
+import numpy as np
 import torch
+from PIL import Image
 
 from ..core.checks import one_of, whole, whole_seed
-from ..core.images import height_and_width, images_to_tensor, resized, to_rgb
+from ..core.images import cropped, height_and_width, images_to_tensor, resized, to_rgb
 from ..core.objective import (
     Objective, adapter_parameters, adapters_in_use, counted_parameters, draw_noise, network)
+from ..core.regions import region_mask
 from ..core.registry import pipeline_family
 from ..core.runtime import quiet_libraries
 from .ddpm import seeded
@@ -173,7 +176,7 @@ def _image_noise(images: torch.Tensor, shape: tuple, seed: int) -> torch.Tensor:
     return torch.stack([draw(x) for x in images])
 
 # %% ../../nbs/families/01_latent.ipynb #54c7675a
-def _warn_if_resized(images, size: tuple[int, int], names) -> bool:
+def _warn_if_resized(images, size: tuple[int, int], how: str, names) -> bool:
     """Warns, and returns True, when an image has another size; raises `ValueError` when there is no image."""
     absent = [name for image, name in zip(images, names) if image is None]
     if absent:
@@ -181,10 +184,11 @@ def _warn_if_resized(images, size: tuple[int, int], names) -> bool:
     others = [(name, image) for image, name in zip(images, names) if image.size != size[::-1]]
     if not others: return False
     name, image = others[0]
+    done = {"squash": "resized", "crop": "resized and cropped"}[how]
     warnings.warn(
-        f"images of other sizes, such as {name} of {image.width}×{image.height} pixels, are resized to"
-        f" {size[1]}×{size[0]}; choose with make_objective(pipe, size=…)",
-        stacklevel=5)
+        f"images of other sizes, such as {name} of {image.width}×{image.height} pixels, are {done} to"
+        f" {size[1]}×{size[0]}; choose with collect(…, size=…, resize='squash' or 'crop')",
+        stacklevel=6)
     return True
 
 # %% ../../nbs/families/01_latent.ipynb #9375618f
@@ -219,16 +223,21 @@ def checked_size(size, multiple: int) -> tuple[int, int]:
 class LatentObjective(Objective):
     """A loss in the latent space of an autoencoder, of images of any size. Options:
 
-    `size`: side, or (height, width), of the images in pixels, to which others are resized; by default the
-    pipeline's own. `latents`: "mean" or "draw" of the autoencoder's distribution; `latent_seed` of the draw.
+    `size`: side, or (height, width), of the images in pixels; by default the pipeline's own. `resize`: how
+    others are fitted to it, "squash" or "crop" (about the centre). `latents`: "mean" or "draw" of the
+    autoencoder's distribution; `latent_seed` of the draw.
     """
 
     def __init__(
-        self, pipe, parameters=None, size=None, latents: str = "mean", latent_seed: int = 0, **options
+        self, pipe, parameters=None, size=None, resize: str = "squash", latents: str = "mean",
+        latent_seed: int = 0, **options
     ):
+        one_of("resize", resize, ("squash", "crop"))
         one_of("latents", latents, ("mean", "draw"))
         whole_seed("latent_seed", latent_seed)
         chosen = {"size": size, "latents": latents != "mean" and latents, "latent_seed": latent_seed}
+        chosen["resize"] = resize != "squash" and resize
+        self.resize = resize
         self.options = self.options | {name: value for name, value in chosen.items() if value}
         super().__init__(pipe, parameters, **options)
         self.schedule   # complains of a scheduler whose noise levels cannot be read
@@ -279,9 +288,22 @@ class LatentObjective(Objective):
     def pixels(self, images, names=None) -> torch.Tensor:
         """Images as the autoencoder takes them, (n, 3, *size) in [-1, 1]."""
         names = names or [f"sample {i}" for i in range(len(images))]
-        self._resized = self._resized or _warn_if_resized(images, self.size, names)
-        fitted = [resized(to_rgb(image, name), self.size, None) for image, name in zip(images, names)]
+        self._resized = self._resized or _warn_if_resized(images, self.size, self.resize, names)
+        fitted = [self.fitted(to_rgb(image, name))[0] for image, name in zip(images, names)]
         return images_to_tensor(fitted, self.size, 3, names)
+
+    def fitted(self, image) -> tuple:
+        """An image of `size`, and how many rows and columns were cut off at its top and left."""
+        return cropped(image, self.size) if self.resize == "crop" else (resized(image, self.size, None), (0, 0))
+
+    def region_weight(self, region, image) -> torch.Tensor:   # (1, h, w)
+        """A region of an image as weights of the latent's positions. Raises `ValueError` where it is cut off."""
+        mask = region_mask(region, image)
+        if self.resize == "squash": return super().region_weight(region, image)
+        mask = torch.from_numpy(np.array(self.fitted(Image.fromarray(mask.numpy()))[0]))
+        weight = torch.nn.functional.adaptive_avg_pool2d(mask[None], self.shape[1:])
+        if weight.max() > 0: return weight
+        raise ValueError("the region lies outside of what the crop leaves of the image: take resize='squash'")
 
     def _latents(self, images, names):
         x = self.pixels(images, names)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['StableDiffusionXLObjective', 'tiny_sdxl']
 
-# %% ../../nbs/families/11_stable_diffusion_xl.ipynb #9aa88e5d
+# %% ../../nbs/families/11_stable_diffusion_xl.ipynb #fc046d56
 from collections.abc import Sequence
 
 import torch
@@ -17,7 +17,7 @@ from .latent import (
     latent_side, sample_prompted, tiny_text_encoder, tiny_vae, train_tokenizer)
 from .stable_diffusion import sample_as_base, StableDiffusionObjective
 
-# %% ../../nbs/families/11_stable_diffusion_xl.ipynb #cef850d1
+# %% ../../nbs/families/11_stable_diffusion_xl.ipynb #a3d13c5f
 class StableDiffusionXLObjective(StableDiffusionObjective):
     """Mean squared error in latent space, given prompt and sizes. Options: those of `PromptedObjective`, and
     `aesthetic_score`, which a refiner is told of every image.
@@ -44,7 +44,7 @@ class StableDiffusionXLObjective(StableDiffusionObjective):
     def embed(self, samples, names=None) -> dict[str, torch.Tensor]:
         """`prompt` (n, tokens, width), `pooled` (n, width) and `time_ids` (n, 6), or (n, 5) of a refiner."""
         now = (self.aesthetic_score,) if self.refines else self.size
-        ids = [(image.height, image.width, 0, 0, *now) for image in samples["image"]]
+        ids = [(image.height, image.width, *self.fitted(image)[1], *now) for image in samples["image"]]
         return super().embed(samples, names) | {"time_ids": torch.tensor(ids, device=self.device).float()}
 
     def embed_prompts(self, prompts: list[str]) -> dict[str, torch.Tensor]:
@@ -57,7 +57,7 @@ class StableDiffusionXLObjective(StableDiffusionObjective):
         sizes = {"text_embeds": encoded["pooled"].to(dtype), "time_ids": encoded["time_ids"].to(dtype)}
         return super().told(encoded, dtype) | {"added_cond_kwargs": sizes}
 
-# %% ../../nbs/families/11_stable_diffusion_xl.ipynb #4f301bd6
+# %% ../../nbs/families/11_stable_diffusion_xl.ipynb #6e6c8e24
 def tiny_sdxl(
     size: int = 64,          # height and width of the images
     channels: Sequence[int] = (32, 64),   # width of each level, a multiple of 16
@@ -84,7 +84,7 @@ def tiny_sdxl(
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
-# %% ../../nbs/families/11_stable_diffusion_xl.ipynb #17e94c65
+# %% ../../nbs/families/11_stable_diffusion_xl.ipynb #5118f00b
 register_family(
     "StableDiffusionXLPipeline",
     objective=StableDiffusionXLObjective,
