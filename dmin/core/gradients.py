@@ -429,6 +429,8 @@ def _weighted_gradient(loss: Callable, weights: torch.Tensor, parameters: list, 
     def take(p):   # compressed and freed at once, so the summed gradient is never held whole either
         compressor.add_(total, flatten_like_gradient(p.grad.float()).flatten()[None], sink.starts[id(p)])
         p.grad = None
+    left = [p.grad for p in parameters]   # by whoever trained the model; it would be added to
+    for p in parameters: p.grad = None
     for p in parameters: p.requires_grad_(True)
     handles = [p.register_post_accumulate_grad_hook(take) for p in parameters]
     try:
@@ -436,7 +438,7 @@ def _weighted_gradient(loss: Callable, weights: torch.Tensor, parameters: list, 
             (loss().unflatten(0, (len(weights), -1)).mean(1) * weights).sum().backward()
     finally:
         for h in handles: h.remove()
-        for p in parameters: p.requires_grad_(False)
+        for p, grad in zip(parameters, left): p.requires_grad_(False).grad = grad
     return compressor.finish(total)[0]
 
 # %% ../../nbs/core/11_gradients.ipynb #c0ffb3bb

@@ -165,7 +165,7 @@ def _adapter_states(model: nn.Module) -> dict:
 # %% ../../nbs/core/09_objective.ipynb #dbe6890a
 def _described(objective) -> list:
     """What an objective depends on beside its weights, as JSON can hold it."""
-    model, settings = objective.model, training_settings(objective.scheduler)
+    model, settings = objective.model, objective.settings()
     config = getattr(model, "config", {})
     public = [k for k in sorted(config) if not k.startswith("_") and config[k] is not None]
     scales = _adapter_states(model)
@@ -258,6 +258,10 @@ class Objective:
     def schedule(self) -> NoiseSchedule:
         """The noise levels of the model's training. Raises `ValueError` when they cannot be read."""
         return _schedule_of(self)
+
+    def settings(self) -> dict:
+        """What the loss depends on beside network, options and encoders: how the model was noised."""
+        return training_settings(self.scheduler)
 
     @property
     def device(self) -> torch.device: return next(self.model.parameters()).device
