@@ -33,7 +33,7 @@ def test_shipped_scores_are_of_all_queries_and_as_their_checksums_say(name):
     assert spearman(again, scores["Raw pixels"]).min() > 1 - 1e-3   # pixels of float16 have some ties
 
 
-@pytest.mark.parametrize("name", [name for name in shipped("without") if SHIPPED[name].without])
+@pytest.mark.parametrize("name", [name for name in shipped("without/models.safetensors") if SHIPPED[name].without])
 def test_shipped_counterfactual_models_are_those_of_the_shipped_scores(name):
     from dmin.reproduction.contenders import removal_scores, removals
     from dmin.reproduction.setups import RetrainingSetup

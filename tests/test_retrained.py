@@ -142,3 +142,8 @@ def test_outputs_that_differ_too_much_for_half_precision_stay_whole(tmp_path):
     good = built.outputs(MASKS)
     built.pack()
     assert torch.equal(built.outputs(MASKS), good)
+
+
+def test_nothing_is_packed_into_nothing(tmp_path):
+    Retrained(tmp_path / "x", {}).pack()
+    assert [path.name for path in (tmp_path / "x").iterdir()] == ["about.json"]

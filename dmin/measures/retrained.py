@@ -97,8 +97,7 @@ class _Files:
         return tensors
 
     def pack(self, target: Path) -> None:
-        if not self.names(): return
-        write_tensors(target, _as_differences(self.read(sorted(self.names()))))
+        write_tensors(target, _as_differences(self.read(sorted(self.where))))
         for path in self.opened - {target}: path.unlink()
         self.opened, self.where = set(), {}
 
@@ -177,5 +176,5 @@ class Retrained:
         keep 11 bits of their difference from the mean. Where no model is, there is no file either. Not while
         another process builds.
         """
-        self._files.pack(self.folder / "models.safetensors")
+        if self._files.names(): self._files.pack(self.folder / "models.safetensors")
         return self.folder / "models.safetensors"

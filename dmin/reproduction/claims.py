@@ -209,8 +209,8 @@ def surely_above(
 
 
 def would_show(differences: Sequence[Interval], bound: float = 0.) -> float | None:
-    """How far from the bound a difference had to be to show in four runs of five, for the widest interval that
-    holds it. None where all can say.
+    """How far from the bound a difference had to be to show in four runs of five, for the widest interval
+    that holds it. None where all can say.
     """
     unsure = [x for x in differences if x.low <= bound <= x.high]
     return max(map(smallest_visible_difference, unsure), default=None)
