@@ -274,7 +274,7 @@ def _generic(call: _Call, grads, sink):
             gradients = _of_each(forward, named, [x[i:j] for x in per_sample], [g[i:j] for g in gs])
         for name, p in named.items(): sink.add(p, flatten_like_gradient(gradients[name], 1).detach(), i)
 
-
+# %% ../../nbs/core/11_gradients.ipynb #1d6dee87
 def _of_each(forward: Callable, named: dict, own: list, gs: list) -> dict[str, torch.Tensor]:
     """Gradients of each sample: at once, or one by one where a module's own functions do not allow that."""
     def backward(own, gs):
@@ -282,7 +282,8 @@ def _of_each(forward: Callable, named: dict, own: list, gs: list) -> dict[str, t
         return torch.func.vjp(lambda parameters: forward(parameters, own), values)[1](gs)[0]
     try: return torch.func.vmap(backward)(own, gs)
     except RuntimeError as e:
-        if "functorch" not in str(e): raise
+        if "functorch" not in str(e):
+            raise
     values, each = {name: p.detach().requires_grad_() for name, p in named.items()}, []
     for i in range(len(gs[0])):
         outputs = forward(values, [x[i] for x in own])
@@ -301,7 +302,7 @@ def _whole(module: nn.Module, wants: Callable) -> bool:
     inner = (p for child in children for p in child.parameters())
     return type(module).__module__.startswith("torch.nn.") or next(inner, None) is None
 
-
+# %% ../../nbs/core/11_gradients.ipynb #adcae23a
 def _units(module, wants, name=""):
     """Which modules are handled as one, by name, and the parameters that stand between them."""
     if _whole(module, wants): return {name: module}, {}
@@ -312,7 +313,7 @@ def _units(module, wants, name=""):
         units, between = units | below[0], between | below[1]
     return units, between
 
-
+# %% ../../nbs/core/11_gradients.ipynb #b0e8be0a
 @contextmanager
 def _frozen(model: nn.Module):
     """While open, the model is in evaluation mode and no parameter asks for a gradient."""
@@ -385,7 +386,7 @@ class _Operation(nn.Module):
         args, kwargs = tree_unflatten(flat, self.layout)
         return self.function(*args, **kwargs)
 
-
+# %% ../../nbs/core/11_gradients.ipynb #51733028
 class _Between(TorchFunctionMode):
     """While open, records on a tape the operations in which `parameters` (name -> parameter) meet others."""
 
@@ -415,7 +416,7 @@ class _Between(TorchFunctionMode):
             if torch.is_tensor(x): self.known[id(x)] = x, again, parameters
         return tree_unflatten(outputs, form)
 
-
+# %% ../../nbs/core/11_gradients.ipynb #cd79e63d
 def _part(operation: _Operation, module: nn.Module, others: list):
     """What an operation on parameters and constants gives for those of `module`."""
     own = {k: getattr(module, k) for k, _ in operation.named_parameters()}
@@ -566,7 +567,7 @@ def _one_pass(gradients, ask: _Asked, pair: torch.Tensor, draws: range, verify: 
         gradients.verify(loss, len(pair), compressed, norms)
     return compressed, norms, losses.view(len(pair), len(draws)).mean(1)
 
-
+# %% ../../nbs/core/11_gradients.ipynb #6432b78b
 def _kind_by_kind(gradients, ask: _Asked, pair: torch.Tensor, *options):
     """`_all_draws` of pairs, with a pass for each of the objective's kinds of samples."""
     kinds = ask.objective.kinds(ask.encoded)
@@ -577,7 +578,7 @@ def _kind_by_kind(gradients, ask: _Asked, pair: torch.Tensor, *options):
     place = torch.cat(rows).argsort()
     return tuple(torch.cat(x)[place] for x in zip(*parts))
 
-
+# %% ../../nbs/core/11_gradients.ipynb #502c8c5f
 def _all_draws(gradients, ask: _Asked, pair: torch.Tensor, compressor, verify: bool):
     """The same over all draws. Where they do not fit into a pass, whole gradients of one pair are summed,
     then compressed, as the norm of a mean needs the mean.

@@ -78,7 +78,7 @@ def resized(image: Image.Image, size: int | tuple[int, int] | None, mode: str | 
 def cropped(
     image: Image.Image, size: int | tuple[int, int],
 ) -> tuple[Image.Image, tuple[int, int]]:   # and how many rows and columns were cut off at its top and left
-    """Resized so that it covers `size`, a side or (height, width) in pixels, then cut to it about its centre."""
+    """Resized to cover `size`, a side or (height, width) in pixels, then cut to it about its centre."""
     height, width = height_and_width(size)
     scale = max(height / image.height, width / image.width)
     whole = max(height, round(image.height * scale)), max(width, round(image.width * scale))

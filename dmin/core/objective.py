@@ -222,7 +222,9 @@ class Objective:
         """Raises `ValueError`, which calls it `name`, for an image that cannot be encoded; cheap."""
 
     def region_weight(self, region, image) -> torch.Tensor:   # (1, h, w)
-        """A region of an image, as `dmin.core.regions.region_mask` takes it, as weights of the latent's positions."""
+        """A region of an image, as `dmin.core.regions.region_mask` takes it, as weights of the latent's
+        positions.
+        """
         return region_weight(region, image, self.shape)
 
     def encoders(self) -> list[nn.Module]:

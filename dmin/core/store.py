@@ -409,7 +409,7 @@ def _check_same(stored: Manifest, given: Manifest, what: str, way_out: str) -> N
     if words := differences(stored, given):
         raise ValueError(f"{what}: {'; '.join(words)}. {way_out}")
 
-
+# %% ../../nbs/core/15_store.ipynb #ecc8eb5c
 def open_store(
     folder: str | Path,
     pipe=None,             # that the store was collected from: queries can then be computed

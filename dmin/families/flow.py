@@ -24,8 +24,8 @@ def resolution_shift(scheduler, tokens: int) -> float:
     config = scheduler.config
     if not config.get("use_dynamic_shifting"):
         raise ValueError(
-            f"shift='resolution': {type(scheduler).__name__} does not shift by resolution (use_dynamic_shifting"
-            " is not set); leave shift out, or give a number")
+            f"shift='resolution': {type(scheduler).__name__} does not shift by resolution"
+            " (use_dynamic_shifting is not set); leave shift out, or give a number")
     x0, x1 = config["base_image_seq_len"], config["max_image_seq_len"]
     y0, y1 = config["base_shift"], config["max_shift"]
     mu = y0 + (y1 - y0) * (tokens - x0) / (x1 - x0)

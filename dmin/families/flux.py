@@ -21,7 +21,7 @@ def place_ids(height: int, width: int, device=None) -> torch.Tensor:   # (height
     rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
     return torch.stack([torch.zeros_like(rows), rows, columns], -1).view(-1, 3).to(device, torch.float32)
 
-
+# %% ../../nbs/families/06_flux.ipynb #f5395270
 class FluxObjective(FlowObjective):
     """Rectified flow in packed latents. Options: those of `FlowObjective`, and `guidance`, the scale that a
     distilled model is told in training.

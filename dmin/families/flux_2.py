@@ -20,12 +20,12 @@ def stacked(z: torch.Tensor) -> torch.Tensor:   # (n, C, h, w) -> (n, 4 C, h / 2
     n, c, h, w = z.shape
     return z.view(n, c, h // 2, 2, w // 2, 2).permute(0, 1, 3, 5, 2, 4).reshape(n, 4 * c, h // 2, w // 2)
 
-
+# %% ../../nbs/families/07_flux_2.ipynb #a83025d8
 def four_ids(frames: int, height: int, width: int, words: int, device=None) -> torch.Tensor:   # (…, 4)
     """The place of each token: frame, row, column, word."""
     return torch.cartesian_prod(*map(torch.arange, (frames, height, width, words))).to(device)
 
-
+# %% ../../nbs/families/07_flux_2.ipynb #69313fbf
 class Flux2Objective(FluxObjective):
     """Rectified flow in whitened patches. Options: those of `FluxObjective`.
 
@@ -76,11 +76,12 @@ def _tiny_vae(size: int, seed: int):
     from diffusers import AutoencoderKLFlux2
 
     return seeded(seed, lambda: AutoencoderKLFlux2(
-        block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, latent_channels=4, sample_size=size,
+        block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, latent_channels=4,
+        sample_size=size,
         down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
         mid_block_add_attention=False)).eval()
 
-
+# %% ../../nbs/families/07_flux_2.ipynb #738c297e
 def tiny_flux_2(
     size: int = 32,            # height and width of the images
     guidance: bool = False,    # whether the network is told a scale, as dev's is and klein's is not

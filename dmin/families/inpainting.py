@@ -52,14 +52,14 @@ class _Inpainting:
         """The noised latent, the mask and the latent of what is kept: (n, 9, h, w)."""
         return torch.cat([zt, encoded["kept"]], 1) if "kept" in encoded else zt
 
-
+# %% ../../nbs/families/13_inpainting.ipynb #7ffde7c4
 class StableDiffusionInpaintObjective(_Inpainting, StableDiffusionObjective):
     """Mean squared error in latent space, given prompt and mask. Options: those of `PromptedObjective`.
 
     Source: diffusers, examples/research_projects/dreambooth_inpaint/train_dreambooth_inpaint.py.
     """
 
-
+# %% ../../nbs/families/13_inpainting.ipynb #bdcb5d3b
 class StableDiffusionXLInpaintObjective(_Inpainting, StableDiffusionXLObjective):
     """The same of SDXL. Options: those of `StableDiffusionXLObjective`."""
 
@@ -87,7 +87,9 @@ def tiny_inpaint_xl(size: int = 64, seed: int = 0):   # height and width of the 
     return pipe
 
 # %% ../../nbs/families/13_inpainting.ipynb #1b489991
-def sample_inpainted(pipe, prompts: list[str], generators: list[torch.Generator], steps: int, **options) -> list:
+def sample_inpainted(
+    pipe, prompts: list[str], generators: list[torch.Generator], steps: int, **options
+) -> list:
     """A batch of PIL images from prompts alone: a blank image, all of it masked."""
     from PIL import Image
 

@@ -294,10 +294,14 @@ class LatentObjective(Objective):
 
     def fitted(self, image) -> tuple:
         """An image of `size`, and how many rows and columns were cut off at its top and left."""
-        return cropped(image, self.size) if self.resize == "crop" else (resized(image, self.size, None), (0, 0))
+        if self.resize == "crop": return cropped(image, self.size)
+        return resized(image, self.size, None), (0, 0)
 
     def region_weight(self, region, image) -> torch.Tensor:   # (1, h, w)
-        """A region of an image as weights of the latent's positions. Raises `ValueError` where it is cut off."""
+        """A region of an image as weights of the latent's positions.
+
+        Raises `ValueError` where it is cut off.
+        """
         mask = region_mask(region, image)
         if self.resize == "squash": return super().region_weight(region, image)
         mask = torch.from_numpy(np.array(self.fitted(Image.fromarray(mask.numpy()))[0]))
@@ -348,7 +352,8 @@ class PromptedObjective(LatentObjective):
     def _checked_tokens(cls, asked) -> int | None:
         if asked is None: return cls.tokens
         if cls.tokens is not None: return whole("max_sequence_length", asked)
-        raise ValueError(f"max_sequence_length={asked!r}: {cls.__name__} reads as many tokens as its tokenizer")
+        raise ValueError(
+            f"max_sequence_length={asked!r}: {cls.__name__} reads as many tokens as its tokenizer")
 
     def encoders(self) -> list:
         """Autoencoder and text encoders."""
@@ -400,5 +405,5 @@ def sample_prompted(
     in pixels; options are the pipeline's.
     """
     if size is None: size = pipeline_family(pipe).objective.own_size(pipe)
-    return pipe(prompt=prompts, generator=generators, num_inference_steps=steps, **height_and_width_options(size),
-                **options).images
+    options |= height_and_width_options(size)
+    return pipe(prompt=prompts, generator=generators, num_inference_steps=steps, **options).images

@@ -47,7 +47,7 @@ class PixArtObjective(PromptedObjective):
             encoder_attention_mask=encoded["mask"], added_cond_kwargs=self.sizes(len(z0), dtype)).sample
         return predicted.float()[:, :self.shape[0]], self.schedule.target(z0, eps, t)
 
-
+# %% ../../nbs/families/12_pixart.ipynb #92ff8120
 class PixArtAlphaObjective(PixArtObjective):
     """The same of α, which reads 120 tokens of a prompt."""
     tokens = 120

@@ -57,7 +57,7 @@ class QwenImageObjective(FlowObjective):
 
     def velocity(self, zt: torch.Tensor, sigma: torch.Tensor, encoded: dict) -> torch.Tensor:
         """The network's output, (n, *shape)."""
-        most = int(encoded["mask"].sum(1).max())   # zeros behind the longest prompt would cost, and say nothing
+        most = int(encoded["mask"].sum(1).max())   # zeros behind the longest prompt cost, and say nothing
         mask = encoded["mask"][:, :most]
         out = self.model(
             hidden_states=packed(zt), timestep=sigma,
@@ -73,19 +73,20 @@ def _tiny_vae(seed: int):
         base_dim=8, z_dim=4, dim_mult=[1, 2, 2], num_res_blocks=1, temperal_downsample=[False, True],
         latents_mean=[-.75, -.7, -.9, .1], latents_std=[2.8, 1.4, 2.3, 2.6])).eval()
 
-
+# %% ../../nbs/families/10_qwen_image.ipynb #6bc6cae1
 def _tiny_qwen(seed: int):
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
     tokenizer = train_tokenizer([], kind="Qwen2Tokenizer", length=1058)
     text = dict(
         vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=1,
-        num_attention_heads=2, num_key_value_heads=2, rope_scaling={"type": "mrope", "mrope_section": [2, 3, 3]})
+        num_attention_heads=2, num_key_value_heads=2,
+        rope_scaling={"type": "mrope", "mrope_section": [2, 3, 3]})
     vision = dict(depth=1, hidden_size=32, intermediate_size=64, num_heads=2, out_hidden_size=32)
     config = Qwen2_5_VLConfig(text_config=text, vision_config=vision)
     return seeded(seed, lambda: Qwen2_5_VLForConditionalGeneration(config)).eval(), tokenizer
 
-
+# %% ../../nbs/families/10_qwen_image.ipynb #6987cfbe
 def tiny_qwen_image(
     size: int = 32,    # height and width of the images
     seed: int = 0,     # of the weights

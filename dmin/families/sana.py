@@ -54,7 +54,7 @@ def _tiny_autoencoder(seed: int):
     return seeded(seed, lambda: AutoencoderDC(
         latent_channels=4, attention_head_dim=8, scaling_factor=.41407, **ends)).eval()
 
-
+# %% ../../nbs/families/08_sana.ipynb #813fa79f
 def _tiny_gemma(seed: int):
     from transformers import Gemma2Config, Gemma2Model
 
@@ -64,7 +64,7 @@ def _tiny_gemma(seed: int):
         num_attention_heads=2, num_key_value_heads=2, head_dim=16)
     return tokenizer, seeded(seed, lambda: Gemma2Model(config)).eval()
 
-
+# %% ../../nbs/families/08_sana.ipynb #ac21ca4f
 def tiny_sana(
     size: int = 32,    # height and width of the images
     seed: int = 0,     # of the weights

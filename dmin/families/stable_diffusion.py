@@ -110,7 +110,9 @@ register_family("StableDiffusionPipeline", objective=StableDiffusionObjective, s
                 condition="prompt", steps=30, batch_size=8)
 
 
-def sample_as_base(pipe, prompts: list[str], generators: list[torch.Generator], steps: int, **options) -> list:
+def sample_as_base(
+    pipe, prompts: list[str], generators: list[torch.Generator], steps: int, **options
+) -> list:
     """A batch of PIL images from prompts alone, by the text-to-image pipeline of the same parts."""
     from diffusers import AutoPipelineForText2Image
 
