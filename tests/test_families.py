@@ -101,7 +101,7 @@ def test_a_refiner_is_told_a_score():
     pipe = StableDiffusionXLImg2ImgPipeline(**parts, requires_aesthetics_score=True, add_watermarker=False)
     rows = {"image": [Image.new("RGB", (80, 64))] * 2, "prompt": ["a rose", "a card"]}
     objective = make_objective(pipe, aesthetic_score=2.5)
-    encoded = objective.encode(rows)
+    with pytest.warns(UserWarning, match="80×64 pixels, are resized to 64×64"): encoded = objective.encode(rows)
     assert encoded["time_ids"].tolist() == [[64, 80, 0, 0, 2.5]] * 2
     assert objective.loss(encoded, torch.tensor([9, 9]), torch.randn(2, *objective.shape)).isfinite().all()
     with pytest.raises(ValueError, match="only a refiner"):
@@ -122,3 +122,23 @@ def test_a_flows_shift():
     assert torch.allclose(three.schedule.noise[499], torch.tensor(.75))
     assert len({x.fingerprint() for x in (plain, three, make_objective(pipe, shift="resolution"))}) == 3
     with pytest.raises(ValueError, match="shift=0"): make_objective(pipe, shift=0)
+
+
+def test_another_network_is_refused_by_name():
+    pipe, other = found("StableDiffusionPipeline").tiny(), found("DDPMPipeline").tiny()
+    pipe.unet = other.unet
+    with pytest.raises(TypeError, match="UNet2DModel, and the loss is that of a UNet2DConditionModel"):
+        make_objective(pipe)
+
+
+def test_a_network_on_two_devices_is_refused():
+    pipe = found("StableDiffusionPipeline").tiny()
+    pipe.unet.conv_out.to("meta")
+    with pytest.raises(ValueError, match="are on cpu and meta"): make_objective(pipe)
+
+
+def test_images_smaller_than_a_token_are_refused(tmp_path):
+    pipe = found("FluxPipeline").tiny()
+    rows = as_samples([{"image": Image.new("RGB", (32, 7)), "prompt": "a rose"}])
+    with pytest.raises(ValueError, match="32×7 pixels, and the network sees squares of 8"):
+        collect(pipe, rows, tmp_path, progress=False)

@@ -188,6 +188,20 @@ def _fingerprint(objective) -> str:
             digest.update(memoryview(x.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()))
     return digest.hexdigest()[:16]
 
+# %% ../../nbs/core/09_objective.ipynb #adb822e6
+def _check_network(pipe, model: nn.Module, wanted: str) -> None:
+    """Raises `TypeError` for a network of another class, and `ValueError` for one on several devices."""
+    kind = type(model)
+    if wanted and wanted not in (base.__name__ for base in kind.__mro__):
+        raise TypeError(
+            f"the network in this {type(pipe).__name__} is a {kind.__name__}, and the loss is that of a {wanted}:"
+            " put in the one that was trained, or write a family of its own (nbs/core/10_registry.ipynb)")
+    devices = {str(p.device) for p in model.parameters()}
+    if len(devices) > 1:
+        where = " and ".join(sorted(devices))
+        raise ValueError(f"the parameters of {kind.__name__} are on {where}: move all of them to one device,"
+                         " pipe.to(…), without offloading")
+
 # %% ../../nbs/core/09_objective.ipynb #85fe9c93
 class Objective:
     """The training loss of one pipeline family, which subclasses it: see `dmin.core.registry`.
@@ -197,6 +211,7 @@ class Objective:
     """
 
     options: dict = {}         # those that differ from their default
+    network: str = ""          # the class of the network in diffusers; empty: any
     bounded: bool = False      # whether latents lie in [-1, 1], as pixels do
     flow: bool | None = None   # whether the family is trained as a flow; None: it may be either
 
@@ -205,6 +220,7 @@ class Objective:
         if output != "loss": self.options = self.options | {"output": output}
         self.pipe, self.scheduler, self.output = pipe, pipe.scheduler, output
         self.model = network(pipe)
+        _check_network(pipe, self.model, self.network)
         self.parameters = counted_parameters(self.model, parameters)
 
     def encode(self, samples, names=None) -> dict[str, torch.Tensor]:

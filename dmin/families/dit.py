@@ -37,6 +37,7 @@ class DiTObjective(LatentObjective):
     Source: Peebles & Xie 2023, section 3.1 (L_simple).
     """
 
+    network = "DiTTransformer2DModel"
     flow = False
 
     @property

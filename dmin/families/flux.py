@@ -29,6 +29,7 @@ class FluxObjective(FlowObjective):
     Source: diffusers, examples/dreambooth/train_dreambooth_lora_flux.py.
     """
 
+    network = "FluxTransformer2DModel"
     tokens = 512
 
     def __init__(self, pipe, parameters=None, guidance: float = 3.5, **options):

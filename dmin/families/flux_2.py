@@ -32,6 +32,8 @@ class Flux2Objective(FluxObjective):
     Source: diffusers, examples/dreambooth/train_dreambooth_lora_flux2.py.
     """
 
+    network = "Flux2Transformer2DModel"
+
     @classmethod
     def shrink(cls, pipe) -> int: return 2 * super().shrink(pipe)   # with the stacking
 

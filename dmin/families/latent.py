@@ -272,7 +272,11 @@ class LatentObjective(Objective):
         return [self.autoencoder]
 
     def check_image(self, image, name: str) -> None:
-        """Raises `ValueError` for an image whose values are not 8-bit."""
+        """Raises `ValueError` for an image whose values are not 8-bit, or that is smaller than a token."""
+        least = self.shrink(self.pipe) * self.patch
+        if min(image.size) < least:
+            raise ValueError(f"{name} has {image.width}×{image.height} pixels, and the network sees squares"
+                             f" of {least}: drop it, or enlarge it where that is meant")
         to_rgb(image, name)
 
     @torch.no_grad()

@@ -20,6 +20,7 @@ class LDMObjective(LatentObjective):
     Options: `size`, `output`. Source: Rombach et al. 2022, Eq. 2.
     """
 
+    network = "UNet2DModel"
     flow = False
 
     def __init__(self, pipe, parameters=None, size=None, output: str = "loss"):

@@ -22,6 +22,7 @@ class PixArtObjective(PromptedObjective):
     Source: Chen et al. 2023 (PixArt-α); Peebles & Xie 2023, section 3.1 (L_simple).
     """
 
+    network = "PixArtTransformer2DModel"
     flow, tokens = False, 300
 
     def embed_prompts(self, prompts: list[str]) -> dict[str, torch.Tensor]:

@@ -21,6 +21,7 @@ class QwenImageObjective(FlowObjective):
     Source: diffusers, examples/dreambooth/train_dreambooth_lora_qwen_image.py.
     """
 
+    network = "QwenImageTransformer2DModel"
     tokens = 512
 
     @classmethod

@@ -21,6 +21,7 @@ class SanaObjective(FlowObjective):
     Source: Xie et al. 2024; diffusers, examples/dreambooth/train_dreambooth_lora_sana.py.
     """
 
+    network = "SanaTransformer2DModel"
     tokens = 300
 
     @classmethod

@@ -22,6 +22,7 @@ class StableDiffusionObjective(PromptedObjective):
     Options: those of `PromptedObjective`. Source: Rombach et al. 2022, Eq. 3.
     """
 
+    network = "UNet2DConditionModel"
     flow = False
 
     def embed_prompts(self, prompts: list[str]) -> dict[str, torch.Tensor]:

@@ -59,6 +59,7 @@ class StableDiffusion3Objective(FlowObjective):
     Eq. 13 and section 3.1.
     """
 
+    network = "SD3Transformer2DModel"
     tokens = 256
 
     @property

@@ -21,6 +21,7 @@ class ZImageObjective(FlowObjective):
     Source: diffusers, examples/dreambooth/train_dreambooth_lora_z_image.py.
     """
 
+    network = "ZImageTransformer2DModel"
     tokens = 512
 
     @classmethod
