@@ -119,8 +119,10 @@ def _unreadable(where: str, e: Exception) -> OSError:
 
 def _read_lora(pipe, where: str) -> dict[str, torch.Tensor]:
     """The adapters of a folder, a file or a Hub id, by the names that `diffusers` gives them."""
+    unet = getattr(pipe, "unet", None)   # by whose layout the names of Stability's code are translated
+    options = {} if unet is None else {"unet_config": unet.config}
     try:
-        with quiet_libraries(): state = pipe.lora_state_dict(where, use_safetensors=True)
+        with quiet_libraries(): state = pipe.lora_state_dict(where, use_safetensors=True, **options)
     # offline, diffusers raises ValueError for a Hub id; for unknown formats, whatever happens
     except Exception as e:
         raise _unreadable(where, e) from e
@@ -184,7 +186,7 @@ def load_lora(
     """
     kind, where = type(pipe).__name__, str(where)
     if not hasattr(pipe, "lora_state_dict"):
-        raise ValueError(f"{kind} takes no adapters: StableDiffusionPipeline and StableDiffusion3Pipeline do")
+        raise ValueError(f"{kind} takes no adapters: its class in diffusers has no load_lora_weights")
     if _adapted(pipe):
         raise ValueError(_ADAPTED)
     state, before = _read_lora(pipe, where), _learning(pipe)

@@ -22,6 +22,7 @@ from dmin.pipelines import generate, load_pipeline, network
 from dmin.families.latent import tiny_vae, train_tokenizer
 from dmin.families.stable_diffusion import tiny_sd
 from dmin.families.stable_diffusion_3 import tiny_sd3
+from dmin.families.stable_diffusion_xl import tiny_sdxl
 
 PROMPTS = ["a red rose", "a card", "a toy"]
 
@@ -310,6 +311,41 @@ def test_adapters_that_are_none(bad, words):
 def test_adapters_take_other_numbers(words):
     pipe = add_lora(small("sd", words), rank=np.int64(2), alpha=1.5, seed=torch.tensor(1))
     assert {m.scaling["default"] for m in network(pipe).modules() if hasattr(m, "scaling")} == {.75}
+
+
+def as_stability_names(tensors):
+    """Kohya's tensors of a tiny SDXL under the names of Stability's own code, as its scripts save them."""
+    blocks = {"down_blocks_1_attentions_0": "input_blocks_3_1", "mid_block_attentions_0": "middle_block_1",
+              "up_blocks_0_attentions_0": "output_blocks_0_1", "up_blocks_0_attentions_1": "output_blocks_1_1"}
+    renamed = {}
+    for key, x in tensors.items():
+        for ours, theirs in blocks.items(): key = key.replace(ours, theirs)
+        renamed[key] = x
+    assert not any("attentions" in key for key in renamed)
+    return renamed
+
+
+@pytest.mark.parametrize("stability", (False, True))
+def test_kohya_files_of_sdxl_load(stability, tmp_path):
+    """Under either set of names, all of them arrive, scaled by their alpha."""
+    pipe = adapted(tiny_sdxl(), ["unet"])
+    tensors = {key: x for key, x in kohya_unet(pipe, alpha=2).items()}
+    save_file(as_stability_names(tensors) if stability else tensors, tmp_path / "x.safetensors")
+    loaded = load_lora(tiny_sdxl(), tmp_path / "x.safetensors")
+    ours, theirs = (get_peft_model_state_dict(x.unet, adapter_name="default") for x in (pipe, loaded))
+    assert ours.keys() == theirs.keys() and all(torch.equal(x, theirs[key]) for key, x in ours.items())
+    assert {layer.scaling["default"] for layer in loaded.unet.modules() if hasattr(layer, "scaling")} == {.5}
+
+
+def kohya_unet(pipe, alpha):
+    """The adapters of a pipeline's U-Net alone, as Kohya's scripts save them."""
+    tensors = {}
+    for key, x in get_peft_model_state_dict(pipe.unet, adapter_name="default").items():
+        layer, half = re.fullmatch(r"(.*)\.lora_([AB])\.weight", key).groups()
+        layer = f"lora_unet_{layer.replace('.', '_')}"
+        tensors[f"{layer}.lora_{'down' if half == 'A' else 'up'}.weight"] = x.detach().clone().contiguous()
+        tensors[f"{layer}.alpha"] = torch.tensor(float(alpha))
+    return tensors
 
 
 LAYERS, CONVOLUTIONS = ["to_k", "to_q", "to_v", "to_out.0"], ["conv1", "conv2"]

@@ -127,7 +127,7 @@ def test_a_flows_shift():
 def test_another_network_is_refused_by_name():
     pipe, other = found("StableDiffusionPipeline").tiny(), found("DDPMPipeline").tiny()
     pipe.unet = other.unet
-    with pytest.raises(TypeError, match="UNet2DModel, and the loss is that of a UNet2DConditionModel"):
+    with pytest.raises(TypeError, match="UNet2DModel, and the loss is of a UNet2DConditionModel"):
         make_objective(pipe)
 
 

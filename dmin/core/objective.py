@@ -194,7 +194,7 @@ def _check_network(pipe, model: nn.Module, wanted: str) -> None:
     kind = type(model)
     if wanted and wanted not in (base.__name__ for base in kind.__mro__):
         raise TypeError(
-            f"the network in this {type(pipe).__name__} is a {kind.__name__}, and the loss is that of a {wanted}:"
+            f"the network in this {type(pipe).__name__} is a {kind.__name__}, and the loss is of a {wanted}:"
             " put in the one that was trained, or write a family of its own (nbs/core/10_registry.ipynb)")
     devices = {str(p.device) for p in model.parameters()}
     if len(devices) > 1:
