@@ -4,13 +4,13 @@ import pytest
 import torch
 from PIL import Image
 
-from dmin import collect, generate, make_objective, register_objective
+from dmin import collect, finetune, generate, make_objective, register_objective
 from dmin.core.compression import NoCompression
 from dmin.core.gradients import flatten_like_gradient, sample_gradients
 from dmin.core.images import as_samples
 from dmin.core.objective import network, Objective
 from dmin.core.registry import FAMILIES, pipeline_family
-from dmin.lora import add_lora
+from dmin.lora import add_lora, load_lora, save_lora
 
 FAMILY_NAMES = (
     "DDPMPipeline", "LDMPipeline", "DiTPipeline", "StableDiffusionPipeline", "StableDiffusionInpaintPipeline",
@@ -62,6 +62,27 @@ def test_gradients_are_autograds(pipe, rows, adapters):
         gradients = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
         exact = torch.cat([flatten_like_gradient(g).flatten() for g in gradients])
         assert (engine.compressed[i, 0] - exact).norm() < 1e-5 * exact.norm()
+
+
+def test_adapters_come_back(family, pipe, tmp_path):
+    """Saved as diffusers saves them and loaded into another pipeline, they are the same model."""
+    if not hasattr(network(pipe), "add_adapter") or not hasattr(pipe, "load_lora_weights"):
+        pytest.skip("a pipeline without adapters")
+    for name, p in network(add_lora(pipe)).named_parameters():
+        if "lora_" in name: torch.nn.init.normal_(p, std=.1)
+    save_lora(pipe, tmp_path / "lora")
+    again = load_lora(family.tiny(), tmp_path / "lora")
+    assert make_objective(again).fingerprint() == make_objective(pipe).fingerprint()
+
+
+def test_tuned_by_finetune(pipe, rows):
+    """Every family is trained by its own loss: adapters alone where there are some."""
+    if hasattr(network(pipe), "add_adapter"): add_lora(pipe)
+    before = {name: p.detach().clone() for name, p in network(pipe).named_parameters()}
+    log = finetune(pipe, rows, steps=4, batch_size=3, lr=1e-3, progress=False)
+    assert np.isfinite(log.losses).all()
+    moved = {name for name, p in network(pipe).named_parameters() if not torch.equal(p, before[name])}
+    assert moved and moved <= set(make_objective(pipe).parameters)
 
 
 def test_collected_sampled_and_asked(family, pipe, rows, tmp_path):

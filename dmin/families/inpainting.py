@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from ..core.images import height_and_width
 from ..core.objective import network
 from ..core.registry import pipeline_family, register_family
+from .ddpm import seeded
 from .stable_diffusion import sample_as_base, StableDiffusionObjective, tiny_sd
 from .stable_diffusion_xl import StableDiffusionXLObjective, tiny_sdxl
 
@@ -64,12 +65,12 @@ class StableDiffusionXLInpaintObjective(_Inpainting, StableDiffusionXLObjective)
     """The same of SDXL. Options: those of `StableDiffusionXLObjective`."""
 
 # %% ../../nbs/families/13_inpainting.ipynb #79f2938e
-def tiny_inpaint(size: int = 64, seed: int = 0):   # height and width of the images; of the weights
+def tiny_inpaint(seed: int = 0):   # of the weights
     """A `StableDiffusionInpaintPipeline` with an untrained U-Net of nine channels."""
     from diffusers import StableDiffusionInpaintPipeline, UNet2DConditionModel
 
     base = tiny_sd(seed=seed)
-    unet = UNet2DConditionModel.from_config(base.unet.config, in_channels=9).eval()
+    unet = seeded(seed, lambda: UNet2DConditionModel.from_config(base.unet.config, in_channels=9)).eval()
     pipe = StableDiffusionInpaintPipeline(
         base.vae, base.text_encoder, base.tokenizer, unet, base.scheduler, None, None,
         requires_safety_checker=False)
