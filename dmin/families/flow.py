@@ -7,7 +7,6 @@ __all__ = ['resolution_shift', 'FlowObjective', 'packed', 'unpacked']
 
 # %% ../../nbs/families/02_flow.ipynb #0d434615
 import math
-from functools import cached_property
 
 import torch
 

@@ -13,7 +13,7 @@ from ..core.registry import register_family
 from .ddpm import seeded
 from .flow import FlowObjective, packed, unpacked
 from .latent import (
-    latent_side, sample_prompted, tiny_t5, tiny_text_encoder, tiny_vae, train_tokenizer)
+    sample_prompted, tiny_t5, tiny_text_encoder, tiny_vae, train_tokenizer)
 
 # %% ../../nbs/families/06_flux.ipynb #94423409
 def place_ids(height: int, width: int, device=None) -> torch.Tensor:   # (height · width, 3)

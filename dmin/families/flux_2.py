@@ -10,7 +10,6 @@ import torch
 
 from ..core.registry import register_family
 from .ddpm import seeded
-from .flow import FlowObjective
 from .flux import FluxObjective
 from .latent import sample_prompted, tiny_language_model
 
