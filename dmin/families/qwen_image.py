@@ -108,7 +108,8 @@ def tiny_qwen_image(
 
 # %% ../../nbs/families/10_qwen_image.ipynb #d7dde52b
 def sample_qwen_image(
-    pipe, prompts: list[str], generators: list[torch.Generator], steps: int, guidance_scale: float = 4., **options
+    pipe, prompts: list[str], generators: list[torch.Generator], steps: int, guidance_scale: float = 4.,
+    **options
 ) -> list:
     """A batch of PIL images by the pipeline's own scheduler; options as of `sample_prompted`."""
     guided = dict(true_cfg_scale=guidance_scale, negative_prompt=[" "] * len(prompts))
