@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +32,7 @@ from ..measures.retrained import Retrained
 from ..pipelines import generate, load_pipeline, PIPELINES
 from .image_sets import evenly_spread, load_images
 from .mixture import first_of_each, load_mixture, without_noised
-from ..training import finetune, save_trained
+from ..training import finetune, save_trained, write_pretrained
 
 # %% ../../nbs/reproduction/06_retraining_benchmark.ipynb #38b7afe9
 @dataclass(frozen=True, kw_only=True)
@@ -177,7 +177,8 @@ def _keep_early(recipe: Recipe, folder: Path) -> Callable:
     def callback(pipe):
         def after_step(step, loss):
             if name := names.get(step + 1):
-                write_folder(folder / f"seed-0-{name}", in_half_precision(deepcopy(pipe)).save_pretrained)
+                half = in_half_precision(deepcopy(pipe))
+                write_folder(folder / f"seed-0-{name}", partial(write_pretrained, half))
         return after_step
     return callback
 
