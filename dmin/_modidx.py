@@ -1959,4 +1959,5 @@ d = { 'settings': { 'branch': 'main',
                                'dmin.training.fit': ('training.html#fit', 'dmin/training.py'),
                                'dmin.training.mean_loss': ('training.html#mean_loss', 'dmin/training.py'),
                                'dmin.training.save_trained': ('training.html#save_trained', 'dmin/training.py'),
-                               'dmin.training.training_record': ('training.html#training_record', 'dmin/training.py')}}}
+                               'dmin.training.training_record': ('training.html#training_record', 'dmin/training.py'),
+                               'dmin.training.write_pretrained': ('training.html#write_pretrained', 'dmin/training.py')}}}

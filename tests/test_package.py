@@ -174,3 +174,10 @@ def test_shipped_tuning_has_its_record(name, most):
 
 @pytest.mark.parametrize("name", ["mnist_5k.npz", "clipart_10.npz", "cards.parquet", "clipart.parquet", "creatures.parquet", "flowers.parquet", "renders.parquet", "toys.parquet"])
 def test_data_is_there(name): assert (data_folder() / "mini" / name).stat().st_size > 10_000
+
+
+def test_no_shipped_configuration_names_a_folder():
+    """diffusers and transformers note where a part was read from, on the machine that made it."""
+    configurations = list((ROOT / "data").rglob("*.json"))
+    named = [path for path in configurations if "_name_or_path" in path.read_text()]
+    assert len(configurations) > 20 and named == []

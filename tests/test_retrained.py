@@ -147,3 +147,13 @@ def test_outputs_that_differ_too_much_for_half_precision_stay_whole(tmp_path):
 def test_nothing_is_packed_into_nothing(tmp_path):
     Retrained(tmp_path / "x", {}).pack()
     assert [path.name for path in (tmp_path / "x").iterdir()] == ["about.json"]
+
+
+def test_models_of_early_training_do_not_say_where_their_base_was(tmp_path):
+    """A model that is tuned from a base carries the base's folder in its configuration."""
+    recipe = UnconditionalRecipe(dataset="clipart_10", samples=8, size=16, in_channels=3, base="ddpm-drawings", steps=3,
+                                 batch_size=4, queries=2, sampler_steps=2, timesteps=2, noises=1)
+    RetrainingBenchmark("clipart", tmp_path / "b", recipe, halves=2, seeds=1).build(progress=False)
+    written = list((tmp_path / "b").rglob("*.json"))
+    assert any("early" in str(path) for path in written)
+    assert not [path for path in written if "_name_or_path" in path.read_text()]
