@@ -49,7 +49,6 @@ def rows(family, pipe):
 def test_gradients_are_autograds(pipe, rows, adapters):
     """Of all parameters, and of adapters that have moved away from where they change nothing."""
     if adapters:
-        if not hasattr(network(pipe), "add_adapter"): pytest.skip("a network without adapters")
         for name, p in network(add_lora(pipe)).named_parameters():
             if "lora_B" in name: torch.nn.init.normal_(p, std=.1)
     objective, t = make_objective(pipe), torch.tensor([400])
@@ -65,9 +64,7 @@ def test_gradients_are_autograds(pipe, rows, adapters):
 
 
 def test_adapters_come_back(family, pipe, tmp_path):
-    """Saved as diffusers saves them and loaded into another pipeline, they are the same model."""
-    if not hasattr(network(pipe), "add_adapter") or not hasattr(pipe, "load_lora_weights"):
-        pytest.skip("a pipeline without adapters")
+    """Saved as diffusers saves them, or peft, and loaded into another pipeline, they are the same model."""
     for name, p in network(add_lora(pipe)).named_parameters():
         if "lora_" in name: torch.nn.init.normal_(p, std=.1)
     save_lora(pipe, tmp_path / "lora")
@@ -76,8 +73,8 @@ def test_adapters_come_back(family, pipe, tmp_path):
 
 
 def test_tuned_by_finetune(pipe, rows):
-    """Every family is trained by its own loss: adapters alone where there are some."""
-    if hasattr(network(pipe), "add_adapter"): add_lora(pipe)
+    """Every family is trained by its own loss, of its adapters alone."""
+    add_lora(pipe)
     before = {name: p.detach().clone() for name, p in network(pipe).named_parameters()}
     log = finetune(pipe, rows, steps=4, batch_size=3, lr=1e-3, progress=False)
     assert np.isfinite(log.losses).all()
@@ -163,3 +160,40 @@ def test_images_smaller_than_a_token_are_refused(tmp_path):
     rows = as_samples([{"image": Image.new("RGB", (32, 7)), "prompt": "a rose"}])
     with pytest.raises(ValueError, match="32×7 pixels, and the network sees squares of 8"):
         collect(pipe, rows, tmp_path, progress=False)
+
+
+def test_a_network_that_peft_has_wrapped():
+    """As the training scripts of PixArt make it: the same gradients as with adapters put in."""
+    from peft import get_peft_model, LoraConfig
+    inside, wrapped = (found("PixArtSigmaPipeline").tiny() for _ in range(2))
+    add_lora(inside)
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=["to_k", "to_q", "to_v", "to_out.0"])
+    wrapped.transformer = get_peft_model(wrapped.transformer, config)
+    with torch.no_grad():
+        for p, q in zip(*(make_objective(pipe).parameters.values() for pipe in (inside, wrapped)), strict=True):
+            torch.nn.init.normal_(p, std=.1), q.copy_(p)
+    gradients = []
+    for objective in map(make_objective, (inside, wrapped)):
+        rows = as_samples([{"image": Image.new("RGB", objective.size[::-1], "red"), "prompt": "a rose"}])
+        every = NoCompression(sum(p.numel() for p in objective.parameters.values()))
+        gradients.append(sample_gradients(objective, rows, torch.tensor([400]), every).compressed)
+    assert gradients[0].norm() > 0 and (gradients[0] - gradients[1]).norm() < 1e-5 * gradients[0].norm()
+
+
+def test_folders_that_peft_wrote_load_into_any_pipeline(tmp_path):
+    """`PeftModel.save_pretrained` of a U-Net alone, as peft's own examples write it."""
+    from peft import get_peft_model, LoraConfig
+    pipe, other = (found("StableDiffusionPipeline").tiny() for _ in range(2))
+    config = LoraConfig(r=2, lora_alpha=6, target_modules=["to_q"], init_lora_weights=False)
+    wrapped = get_peft_model(pipe.unet, config)
+    wrapped.save_pretrained(tmp_path)
+    load_lora(other, tmp_path)
+    mine = dict(other.unet.named_parameters())
+    assert list(make_objective(other).parameters) and all(
+        torch.equal(p, mine[name.removeprefix("base_model.model.")]) for name, p in wrapped.named_parameters())
+    before = found("DiTPipeline").tiny()
+    with pytest.raises(ValueError, match="do not fit DiTTransformer2DModel: .* have no place"):
+        load_lora(before, tmp_path)
+    assert not any("lora" in name for name, _ in network(before).named_parameters())
+    (tmp_path / "adapter_model.safetensors").unlink()
+    with pytest.raises(ValueError, match="adapter_model.safetensors"): load_lora(before, tmp_path)

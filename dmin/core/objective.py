@@ -191,7 +191,7 @@ def _fingerprint(objective) -> str:
 # %% ../../nbs/core/09_objective.ipynb #adb822e6
 def _check_network(pipe, model: nn.Module, wanted: str) -> None:
     """Raises `TypeError` for a network of another class, and `ValueError` for one on several devices."""
-    kind = type(model)
+    kind = type(model.get_base_model() if hasattr(model, "get_base_model") else model)   # peft's wrap it
     if wanted and wanted not in (base.__name__ for base in kind.__mro__):
         raise TypeError(
             f"the network in this {type(pipe).__name__} is a {kind.__name__}, and the loss is of a {wanted}:"
