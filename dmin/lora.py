@@ -239,8 +239,8 @@ def _reader(pipe, where: str) -> Callable[[], None]:
     if _as_peft_saves(where): return partial(_insert_peft, network(pipe), where)
     if hasattr(pipe, "lora_state_dict"): return partial(_insert, pipe, where, _read_lora(pipe, where))
     raise ValueError(
-        f"{type(pipe).__name__} takes adapters from a folder that save_lora or peft wrote, with"
-        f" {_PEFT_CONFIG} in it, as its class in diffusers has no load_lora_weights: there is none in {where}")
+        f"there is no {_PEFT_CONFIG} in {where}: {type(pipe).__name__} takes adapters from a folder that"
+        " save_lora or peft wrote, as its class in diffusers has no load_lora_weights")
 
 # %% ../nbs/00_lora.ipynb #7b3be05e
 def load_lora(

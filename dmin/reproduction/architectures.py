@@ -185,8 +185,8 @@ _KLEIN = dict(
     guidance_embeds=False)
 
 # %% ../../nbs/reproduction/09_architectures.ipynb #b32a3ee3
-def _with_adapters(pipelines: str, network: str, config: dict) -> Architecture:
-    """A released network that takes adapters; pipelines by their names without `Pipeline`."""
+def _released(pipelines: str, network: str, config: dict) -> Architecture:
+    """A network with adapters of rank 4; pipelines by their names without `Pipeline`."""
     names = tuple(f"{name}Pipeline" for name in pipelines.split())
     return Architecture(network, config, lora_rank=4, pipelines=names)
 
@@ -197,33 +197,32 @@ _SDXL_KINDS = "StableDiffusionXL StableDiffusionXLImg2Img StableDiffusionXLInpai
 
 # %% ../../nbs/reproduction/09_architectures.ipynb #ddc70888
 RELEASED = {
-    "DDPM, CIFAR-10": Architecture(**_DDPM_CIFAR, pipelines=("DDPMPipeline", "DDIMPipeline")),
-    "LDM, CelebA-HQ": Architecture("UNet2DModel", _LDM, pipelines=("LDMPipeline",)),
-    "DiT-XL/2": Architecture("DiTTransformer2DModel", _DIT, pipelines=("DiTPipeline",)),
-    "SD 1.5": _with_adapters(_SD_KINDS, _UNET, _SD14["config"]),
-    "SDXL": _with_adapters(_SDXL_KINDS, _UNET, _SDXL),
-    "PixArt-Σ": _with_adapters("PixArtSigma PixArtAlpha", "PixArtTransformer2DModel", _PIXART),
-    "Sana 1.6B": _with_adapters("Sana", "SanaTransformer2DModel", {}),
-    "SD 3 Medium": _with_adapters("StableDiffusion3", _SD3_NETWORK, _SD3["config"]),
-    "SD 3.5 Large": _with_adapters("StableDiffusion3", _SD3_NETWORK, _SD35),
-    "Z-Image": _with_adapters("ZImage", "ZImageTransformer2DModel", {}),
-    "FLUX.1": _with_adapters("Flux", "FluxTransformer2DModel", {"guidance_embeds": True}),
-    "FLUX.2 klein": _with_adapters("Flux2Klein", _FLUX_2, _KLEIN),
-    "FLUX.2 dev": _with_adapters("Flux2", _FLUX_2, {}),
-    "Qwen-Image": _with_adapters("QwenImage", "QwenImageTransformer2DModel", {})}
+    "DDPM, CIFAR-10": _released("DDPM DDIM", "UNet2DModel", _DDPM_CIFAR["config"]),
+    "LDM, CelebA-HQ": _released("LDM", "UNet2DModel", _LDM),
+    "DiT-XL/2": _released("DiT", "DiTTransformer2DModel", _DIT),
+    "SD 1.5": _released(_SD_KINDS, _UNET, _SD14["config"]),
+    "SDXL": _released(_SDXL_KINDS, _UNET, _SDXL),
+    "PixArt-Σ": _released("PixArtSigma PixArtAlpha", "PixArtTransformer2DModel", _PIXART),
+    "Sana 1.6B": _released("Sana", "SanaTransformer2DModel", {}),
+    "SD 3 Medium": _released("StableDiffusion3", _SD3_NETWORK, _SD3["config"]),
+    "SD 3.5 Large": _released("StableDiffusion3", _SD3_NETWORK, _SD35),
+    "Z-Image": _released("ZImage", "ZImageTransformer2DModel", {}),
+    "FLUX.1": _released("Flux", "FluxTransformer2DModel", {"guidance_embeds": True}),
+    "FLUX.2 klein": _released("Flux2Klein", _FLUX_2, _KLEIN),
+    "FLUX.2 dev": _released("Flux2", _FLUX_2, {}),
+    "Qwen-Image": _released("QwenImage", "QwenImageTransformer2DModel", {})}
 
 # %% ../../nbs/reproduction/09_architectures.ipynb #56f10306
 class LeastMemory(NamedTuple):
     """Of collecting gradients, activations and encoders aside, in bytes."""
     parameters: int          # of the network, adapters aside
     everything: int          # all parameters count
-    adapters: int | None     # those of LoRA alone count; None: it takes none
+    adapters: int            # those of LoRA alone count
 
 
 def least_memory(architecture: Architecture) -> LeastMemory:
     """Weights in bfloat16, adapters and the gradient of the largest counted layer in float32."""
     plain = [p.numel() for p in replace(architecture, lora_rank=None).build().parameters()]
     everything = 2 * sum(plain) + 4 * max(plain)
-    if not architecture.lora_rank: return LeastMemory(sum(plain), everything, None)
     lora = [p.numel() for p in architecture.build().parameters() if p.requires_grad]
     return LeastMemory(sum(plain), everything, 2 * sum(plain) + 4 * (sum(lora) + max(lora)))
