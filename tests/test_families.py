@@ -10,6 +10,7 @@ from dmin.core.gradients import flatten_like_gradient, sample_gradients
 from dmin.core.images import as_samples
 from dmin.core.objective import network, Objective
 from dmin.core.registry import FAMILIES, pipeline_family
+from dmin.families.own_model import ModelObjective
 from dmin.lora import add_lora, load_lora, save_lora
 
 FAMILY_NAMES = (
@@ -153,6 +154,46 @@ def test_a_network_on_two_devices_is_refused():
     pipe = found("StableDiffusionPipeline").tiny()
     pipe.unet.conv_out.to("meta")
     with pytest.raises(ValueError, match="are on cpu and meta"): make_objective(pipe)
+
+
+def test_an_offloaded_network_is_refused():
+    """Its encoders may be."""
+    from accelerate import cpu_offload_with_hook
+    pipe = found("StableDiffusionPipeline").tiny()
+    cpu_offload_with_hook(pipe.text_encoder, execution_device="cpu")
+    make_objective(pipe).encode({"image": [Image.new("RGB", (64, 64))], "prompt": ["a rose"]})
+    cpu_offload_with_hook(pipe.unet, execution_device="cpu")
+    with pytest.raises(ValueError, match="UNet2DConditionModel are offloaded .*remove_all_hooks"): make_objective(pipe)
+    pipe.remove_all_hooks()
+    make_objective(pipe)
+
+
+class Clips(ModelObjective):
+    """Noise is predicted in clips of four frames, drawn from the images' first number."""
+    shape = (2, 4, 6, 6)
+    def encode(self, samples, names=None):
+        return {"z0": torch.stack([torch.full(self.shape, image.getpixel((0, 0)) / 255) for image in samples["image"]])}
+    def predict(self, encoded, t, eps):
+        level = (t / 1000).view(-1, 1, 1, 1, 1)
+        return self.model(encoded["z0"] * (1 - level) + eps * level), eps
+
+
+def test_three_spatial_dimensions(tmp_path):
+    """Clips are attributed with autograd's gradients: a family of videos needs nothing of the engine."""
+    layers = torch.nn.Conv3d(2, 8, 3, padding=1), torch.nn.GroupNorm(2, 8), torch.nn.SiLU()
+    model = torch.nn.Sequential(*layers, torch.nn.Conv3d(8, 2, (3, 1, 3), padding=(1, 0, 1), groups=2))
+    objective, t = Clips(model), torch.tensor([300])
+    rows = as_samples([Image.new("L", (6, 6), value) for value in (10, 100, 250)])
+    every = NoCompression(sum(p.numel() for p in model.parameters()))
+    engine = sample_gradients(objective, rows, t, every).compressed
+    encoded, noise = objective.encode(rows[:]), objective.draw_noise([300])[:, 0]
+    for i in range(3):
+        loss = objective.loss({"z0": encoded["z0"][i:i + 1]}, t, noise).sum()
+        gradients = torch.autograd.grad(loss, list(model.parameters()))
+        exact = torch.cat([flatten_like_gradient(g).flatten() for g in gradients])
+        assert (engine[i, 0] - exact).norm() < 1e-5 * exact.norm()
+    store = collect(objective, rows, tmp_path, v=256, timesteps=3, progress=False)
+    assert store.influence(rows[1]).top(1).rows.item() == 1
 
 
 def test_images_smaller_than_a_token_are_refused(tmp_path):

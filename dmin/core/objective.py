@@ -189,8 +189,16 @@ def _fingerprint(objective) -> str:
     return digest.hexdigest()[:16]
 
 # %% ../../nbs/core/09_objective.ipynb #adb822e6
+def _offloads(hook) -> bool:
+    """Whether accelerate's hook moves a layer's parameters about."""
+    if type(hook).__name__ == "CpuOffload" or getattr(hook, "offload", False): return True
+    return any(_offloads(inner) for inner in getattr(hook, "hooks", ()))   # several in one
+
+
 def _check_network(pipe, model: nn.Module, wanted: str) -> None:
-    """Raises `TypeError` for a network of another class, and `ValueError` for one on several devices."""
+    """Raises `TypeError` for a network of another class, and `ValueError` for one on several devices, or
+    whose parameters are moved about.
+    """
     kind = type(model.get_base_model() if hasattr(model, "get_base_model") else model)   # peft's wrap it
     if wanted and wanted not in (base.__name__ for base in kind.__mro__):
         raise TypeError(
@@ -201,6 +209,10 @@ def _check_network(pipe, model: nn.Module, wanted: str) -> None:
         where = " and ".join(sorted(devices))
         raise ValueError(f"the parameters of {kind.__name__} are on {where}: move all of them to one device,"
                          " pipe.to(…), without offloading")
+    if any(_offloads(getattr(layer, "_hf_hook", None)) for layer in model.modules()):
+        raise ValueError(
+            f"the parameters of {kind.__name__} are offloaded to the CPU while it does not compute:"
+            " pipe.remove_all_hooks() and pipe.to(…) keep them on one device")
 
 # %% ../../nbs/core/09_objective.ipynb #85fe9c93
 class Objective:
