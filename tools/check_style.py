@@ -36,7 +36,7 @@ LONG = {
     "FlowObjective": 44,
     "DiTObjective": 29,
     "Sink": 34,
-    "PerSampleGradients": 61,
+    "PerSampleGradients": 62,
     "Manifest": 30,
     "ShardFiles": 39,
     "ShardFolder": 127,

@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from .checks import whole, whole_seed
 from .compression import NoCompression
 from .objective import Objective
-from .runtime import bar
+from .runtime import bar, return_freed_memory
 
 # %% ../../nbs/core/11_gradients.ipynb #d8158a44
 def flatten_like_gradient(tensor: torch.Tensor, lead: int = 0) -> torch.Tensor:   # (..lead dims, numel)
@@ -325,6 +325,10 @@ def _frozen(model: nn.Module):
         for p, before in trained.items(): p.requires_grad_(before)
         for m, before in training.items(): m.training = before
 
+# %% ../../nbs/core/11_gradients.ipynb #8a575ac9
+def _bytes_on_cpu(model: nn.Module) -> int:
+    return sum(p.nbytes for p in model.parameters() if p.device.type == "cpu")
+
 # %% ../../nbs/core/11_gradients.ipynb #036e5c34
 def _watchable(output: torch.Tensor) -> torch.Tensor:
     """An output that can be hooked: cloned, as a leaf may not be changed in place, and a hook on a view that
@@ -467,6 +471,7 @@ class PerSampleGradients:
         self._units, self._between = _units(model, self.sink.wants)
 
     def __enter__(self):
+        if _bytes_on_cpu(self.model) > 2**30: return_freed_memory()
         self._open = ExitStack()
         self._open.enter_context(_frozen(self.model))
         # a module with two names once
