@@ -6,10 +6,12 @@
 __all__ = ['add_lora', 'write_lora', 'save_lora', 'load_lora']
 
 # %% ../nbs/00_lora.ipynb #c80e2f46
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 
 from .core.checks import absolute_folder, finite, whole, whole_seed
 from .core.files import write_folder
@@ -32,6 +34,14 @@ def _check_targets(model: torch.nn.Module, targets: Sequence[str]) -> None:
         f"no layer's name ends in {', '.join(targets)}: names look like {', '.join(linear[:3])}, …")
 
 # %% ../nbs/00_lora.ipynb #e291a80c
+def _inject(model: torch.nn.Module, config) -> None:
+    """New adapters, also in a network of a class that has no `add_adapter` in diffusers."""
+    from peft import inject_adapter_in_model
+
+    if hasattr(model, "add_adapter"): model.add_adapter(config)
+    else: inject_adapter_in_model(config, model)
+
+
 def _in_float32(model: torch.nn.Module) -> None:
     """Adapters in half precision do not learn."""
     for name, p in model.named_parameters():
@@ -55,10 +65,10 @@ def add_lora(
     rank, alpha, seed = whole("rank", rank), finite("alpha", alpha, above=0), whole_seed("seed", seed)
     alpha, model = int(alpha) if alpha.is_integer() else alpha, network(pipe)
     _check_targets(model, targets)
+    config = LoraConfig(r=rank, lora_alpha=alpha, init_lora_weights="gaussian", target_modules=list(targets))
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model.add_adapter(LoraConfig(
-            r=rank, lora_alpha=alpha, init_lora_weights="gaussian", target_modules=list(targets)))
+        _inject(model, config)
     _in_float32(model)
     return pipe
 
@@ -75,24 +85,44 @@ def _adapters(part: torch.nn.Module, name: str) -> dict[str, torch.Tensor]:
 
     return get_peft_model_state_dict(part, adapter_name=name, save_embedding_layers=False)
 
+# %% ../nbs/00_lora.ipynb #7380e25d
+_WRAPPED = "base_model.model."   # how names begin in what peft saves
+_PEFT_CONFIG, _PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+
+def _write_peft(model: torch.nn.Module, folder: Path) -> None:
+    """A network's adapters as peft saves them. Raises `ValueError` when there are several."""
+    name = _only_one("network", model)
+    model.peft_config[name].save_pretrained(str(folder))
+    tensors = {_WRAPPED + key: x.detach().cpu().contiguous() for key, x in _adapters(model, name).items()}
+    save_file(tensors, folder / _PEFT_WEIGHTS, metadata={"format": "pt"})
+
+
+def _only_one(kind: str, part: torch.nn.Module) -> str:
+    """The name of a part's adapters. Raises `ValueError` when there are several."""
+    names = list(part.peft_config)
+    if len(names) == 1: return names[0]
+    raise ValueError(
+        f"the pipeline's {kind} has the adapters {', '.join(names)}, and a file holds one: "
+        "keep that one, pipe.delete_adapters([…]) removes the others")
+
 # %% ../nbs/00_lora.ipynb #17bf8874
 def write_lora(
     pipe,           # a diffusers pipeline with adapters
     folder: Path,   # which is there
 ) -> None:
     """What `save_lora` puts into a folder. Raises `ValueError` when a part has no adapters, or several."""
-    adapted, layers = _adapted(pipe), {}
+    adapted, layers, model = _adapted(pipe), {}, network(pipe)
+    if not hasattr(pipe, "save_lora_weights") and getattr(model, "peft_config", None):
+        _write_peft(model, folder)
+        return
     if not adapted:
         raise ValueError("the pipeline has no adapters to save: add_lora(pipe) puts them in, "
                          "pipe.save_pretrained(folder) saves a whole one")
     for kind, part in adapted.items():
-        names = list(part.peft_config)
-        if len(names) > 1:
-            raise ValueError(
-                f"the pipeline's {kind} has the adapters {', '.join(names)}, and a file holds one: "
-                "keep that one, pipe.delete_adapters([…]) removes the others")
-        layers[f"{kind}_lora_layers"] = _adapters(part, names[0])
-        layers[f"{kind}_lora_adapter_metadata"] = part.peft_config[names[0]].to_dict()
+        name = _only_one(kind, part)
+        layers[f"{kind}_lora_layers"] = _adapters(part, name)
+        layers[f"{kind}_lora_adapter_metadata"] = part.peft_config[name].to_dict()
     pipe.save_lora_weights(str(folder), **layers)
 
 # %% ../nbs/00_lora.ipynb #ae27401c
@@ -100,7 +130,8 @@ def save_lora(
     pipe,                 # a diffusers pipeline with adapters
     folder: str | Path,   # takes the place of one of that name
 ) -> None:
-    """The adapters of a pipeline as `diffusers` saves them, with rank and alpha, whole or not at all.
+    """The adapters of a pipeline as `diffusers` saves them, with rank and alpha, whole or not at all; as
+    `peft` does where the pipeline's class has no file for them.
 
     Raises `ValueError` when there are none, and `OSError` that says what could not be written, and why.
     """
@@ -119,8 +150,10 @@ def _unreadable(where: str, e: Exception) -> OSError:
 
 def _read_lora(pipe, where: str) -> dict[str, torch.Tensor]:
     """The adapters of a folder, a file or a Hub id, by the names that `diffusers` gives them."""
+    unet = getattr(pipe, "unet", None)   # by whose layout the names of Stability's code are translated
+    options = {} if unet is None else {"unet_config": unet.config}
     try:
-        with quiet_libraries(): state = pipe.lora_state_dict(where, use_safetensors=True)
+        with quiet_libraries(): state = pipe.lora_state_dict(where, use_safetensors=True, **options)
     # offline, diffusers raises ValueError for a Hub id; for unknown formats, whatever happens
     except Exception as e:
         raise _unreadable(where, e) from e
@@ -172,25 +205,61 @@ def _learning(pipe) -> list[tuple[torch.nn.Parameter, bool]]:
     parts = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
     return [(p, p.requires_grad) for p in torch.nn.ModuleList(parts).parameters()]
 
+# %% ../nbs/00_lora.ipynb #f98ba93e
+def _insert_peft(model: torch.nn.Module, folder: str) -> None:
+    """Adapters that peft saved. Raises `ValueError` when some have no place, or are missing."""
+    from peft import PeftConfig, set_peft_model_state_dict
+
+    read = load_file(Path(folder) / _PEFT_WEIGHTS)
+    state = {key.removeprefix(_WRAPPED): x for key, x in read.items()}
+    layers = {name for name, _ in model.named_modules()}
+    lost = [key for key in state if key.split(".lora_")[0] not in layers]
+    if not lost:
+        _inject(model, PeftConfig.from_pretrained(folder))
+        lost = set_peft_model_state_dict(model, state).unexpected_keys
+        lost += sorted(_adapters(model, "default").keys() - state.keys())
+    if lost:
+        raise ValueError(f"{len(lost)} of their {len(state)} tensors, such as {lost[0]}, have no place in it")
+
+
+def _remove(pipe) -> None:
+    """Takes all adapters out again."""
+    from diffusers.utils.peft_utils import recurse_remove_peft_layers
+
+    if hasattr(pipe, "unload_lora_weights"): pipe.unload_lora_weights()
+    model = recurse_remove_peft_layers(network(pipe))
+    if hasattr(model, "peft_config"): del model.peft_config
+
 # %% ../nbs/00_lora.ipynb #01beee55
+def _as_peft_saves(where: str) -> bool: return (Path(where) / _PEFT_CONFIG).is_file()
+
+
+def _reader(pipe, where: str) -> Callable[[], None]:
+    """What puts a file's adapters in. Raises `OSError` and `ValueError` when there are none to be read."""
+    if _as_peft_saves(where): return partial(_insert_peft, network(pipe), where)
+    if hasattr(pipe, "lora_state_dict"): return partial(_insert, pipe, where, _read_lora(pipe, where))
+    raise ValueError(
+        f"there is no {_PEFT_CONFIG} in {where}: {type(pipe).__name__} takes adapters from a folder that"
+        " save_lora or peft wrote, as its class in diffusers has no load_lora_weights")
+
+# %% ../nbs/00_lora.ipynb #7b3be05e
 def load_lora(
-    pipe,                # a diffusers pipeline that takes adapters
+    pipe,                # a diffusers pipeline
     where: str | Path,   # a folder, a file or a Hub id
 ):
     """Adapters into a pipeline's network and text encoders, in place; returns the pipeline.
 
-    Reads what `diffusers` reads, from safetensors only. Raises `ValueError` when there are adapters already
-    or not all new ones fit, `OSError` when they cannot be read; then the pipeline is as it was.
+    Reads what `diffusers` reads, from safetensors only, and folders that `peft` saved. Raises `ValueError`
+    when there are adapters already or not all new ones fit, `OSError` when they cannot be read; then the
+    pipeline is as it was.
     """
-    kind, where = type(pipe).__name__, str(where)
-    if not hasattr(pipe, "lora_state_dict"):
-        raise ValueError(f"{kind} takes no adapters: StableDiffusionPipeline and StableDiffusion3Pipeline do")
-    if _adapted(pipe):
+    where = str(where)
+    if _adapted(pipe) or getattr(network(pipe), "peft_config", None):
         raise ValueError(_ADAPTED)
-    state, before = _read_lora(pipe, where), _learning(pipe)
-    try: _insert(pipe, where, state)
+    insert, before = _reader(pipe, where), _learning(pipe)
+    try: insert()
     except Exception as e:   # what diffusers raises depends on what is wrong
-        pipe.unload_lora_weights()
+        _remove(pipe)
         for p, learns in before: p.requires_grad_(learns)
         misfit = f"the adapters in {where} do not fit {type(network(pipe)).__name__}: {str(e)[:300]}. "
         raise ValueError(misfit + "Load them into the pipeline that they were trained for") from e

@@ -30,7 +30,6 @@ from .core.images import as_samples, sample_ids
 from .core.objective import network, Objective
 from .core.registry import make_objective
 from .core.runtime import bar, data_folder, quiet_libraries
-from .core.schedule import training_settings
 from .lora import write_lora
 from .pipelines import locate_pipeline, PIPELINES
 
@@ -388,9 +387,9 @@ def _digest(*parts: bytes) -> str:
 
 def _model_digest(objective: Objective) -> str:
     """Tells models, schedules and trained parameters apart, but not their weights; equal in every process."""
-    config = {k: str(v) for k, v in sorted(objective.model.config.items()) if not k.startswith("_")}
-    # not the sampler, which the training does not use
-    public = [config, training_settings(objective.scheduler)]
+    config = getattr(objective.model, "config", {})   # a plain network has none
+    config = {k: str(v) for k, v in sorted(config.items()) if not k.startswith("_")}
+    public = [config, objective.settings()]   # not the sampler, which the training does not use
     shapes = [(name, list(p.shape)) for name, p in objective.parameters.items()]
     return _digest(json.dumps([public, shapes]).encode())
 
@@ -456,6 +455,12 @@ def _encoder(
     return _encoded_files(encode, parts, Path(folder) / f"encoded-{digest}"), digest
 
 # %% ../nbs/02_training.ipynb #2d0bb74a
+def _on(objective: Objective, device) -> Objective:
+    """An objective whose pipeline, or network where it has none, is on a device."""
+    (objective.model if objective.pipe is None else objective.pipe).to(device)
+    return objective
+
+
 def _drawn(objective: Objective, batch: Encoded) -> Encoded:
     """The batch with random timesteps and noise, both drawn on the CPU."""
     n, device = _length(batch), objective.device
@@ -486,7 +491,8 @@ def _check(options: dict) -> None:
 
 # %% ../nbs/02_training.ipynb #26cf2ef7
 def finetune(
-    pipe,                       # one with an objective, trained in place: its adapters if any, else all of it
+    pipe,                       # a pipeline, trained in place: its adapters if any, else all of it; or an
+                                # objective made of one, with options of its own
     dataset,                    # what the objective encodes: a column image, and prompt where there are such
     *,
     steps: int | None = None,   # optimizer steps; this or `epochs`
@@ -511,7 +517,7 @@ def finetune(
     _check(options)
     folder = None if folder is None else absolute_folder(folder)
     accelerator = _alone(accelerator, options.get("alone", False))
-    objective = make_objective(pipe.to(accelerator.device), parameters)
+    objective = _on(make_objective(pipe, parameters), accelerator.device)
     with _training_in(folder): encode, digest = _encoder(objective, dataset, folder)
     batch, loss = lambda rows: _drawn(objective, encode(rows)), partial(_loss, objective)
     options |= dict(settings=dict(dataset=digest, model=_model_digest(objective)), accelerator=accelerator)

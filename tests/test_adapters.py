@@ -8,15 +8,21 @@ import pytest
 import torch
 from conftest import make_pipeline
 from diffusers import StableDiffusionPipeline
-from peft import LoraConfig, get_peft_model_state_dict
+from peft import get_peft_model_state_dict, LoHaConfig, LoKrConfig, LoraConfig
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from dmin.core.compression import NoCompression
+from dmin.core.gradients import flatten_like_gradient, sample_gradients
+from dmin.core.images import as_samples
+from dmin.core.registry import make_objective
 from dmin.methods.similarity import CLIP
 from dmin.lora import add_lora, load_lora, save_lora
 from dmin.pipelines import generate, load_pipeline, network
 from dmin.families.latent import tiny_vae, train_tokenizer
 from dmin.families.stable_diffusion import tiny_sd
 from dmin.families.stable_diffusion_3 import tiny_sd3
+from dmin.families.stable_diffusion_xl import tiny_sdxl
 
 PROMPTS = ["a red rose", "a card", "a toy"]
 
@@ -305,3 +311,73 @@ def test_adapters_that_are_none(bad, words):
 def test_adapters_take_other_numbers(words):
     pipe = add_lora(small("sd", words), rank=np.int64(2), alpha=1.5, seed=torch.tensor(1))
     assert {m.scaling["default"] for m in network(pipe).modules() if hasattr(m, "scaling")} == {.75}
+
+
+def as_stability_names(tensors):
+    """Kohya's tensors of a tiny SDXL under the names of Stability's own code, as its scripts save them."""
+    blocks = {"down_blocks_1_attentions_0": "input_blocks_3_1", "mid_block_attentions_0": "middle_block_1",
+              "up_blocks_0_attentions_0": "output_blocks_0_1", "up_blocks_0_attentions_1": "output_blocks_1_1"}
+    renamed = {}
+    for key, x in tensors.items():
+        for ours, theirs in blocks.items(): key = key.replace(ours, theirs)
+        renamed[key] = x
+    assert not any("attentions" in key for key in renamed)
+    return renamed
+
+
+@pytest.mark.parametrize("stability", (False, True))
+def test_kohya_files_of_sdxl_load(stability, tmp_path):
+    """Under either set of names, all of them arrive, scaled by their alpha."""
+    pipe = adapted(tiny_sdxl(), ["unet"])
+    tensors = {key: x for key, x in kohya_unet(pipe, alpha=2).items()}
+    save_file(as_stability_names(tensors) if stability else tensors, tmp_path / "x.safetensors")
+    loaded = load_lora(tiny_sdxl(), tmp_path / "x.safetensors")
+    ours, theirs = (get_peft_model_state_dict(x.unet, adapter_name="default") for x in (pipe, loaded))
+    assert ours.keys() == theirs.keys() and all(torch.equal(x, theirs[key]) for key, x in ours.items())
+    assert {layer.scaling["default"] for layer in loaded.unet.modules() if hasattr(layer, "scaling")} == {.5}
+
+
+def kohya_unet(pipe, alpha):
+    """The adapters of a pipeline's U-Net alone, as Kohya's scripts save them."""
+    tensors = {}
+    for key, x in get_peft_model_state_dict(pipe.unet, adapter_name="default").items():
+        layer, half = re.fullmatch(r"(.*)\.lora_([AB])\.weight", key).groups()
+        layer = f"lora_unet_{layer.replace('.', '_')}"
+        tensors[f"{layer}.lora_{'down' if half == 'A' else 'up'}.weight"] = x.detach().clone().contiguous()
+        tensors[f"{layer}.alpha"] = torch.tensor(float(alpha))
+    return tensors
+
+
+LAYERS, CONVOLUTIONS = ["to_k", "to_q", "to_v", "to_out.0"], ["conv1", "conv2"]
+KINDS = {
+    "LoRA": LoraConfig(r=4, lora_alpha=8, target_modules=LAYERS),
+    "LoRA of convolutions": LoraConfig(r=4, lora_alpha=8, target_modules=LAYERS + CONVOLUTIONS),
+    "DoRA": LoraConfig(r=4, lora_alpha=8, target_modules=LAYERS + CONVOLUTIONS, use_dora=True),
+    "rank-stabilised": LoraConfig(r=4, lora_alpha=8, target_modules=LAYERS, use_rslora=True),
+    "LoHa": LoHaConfig(r=4, alpha=8, target_modules=LAYERS + CONVOLUTIONS),
+    "LoKr": LoKrConfig(r=4, alpha=8, target_modules=LAYERS + CONVOLUTIONS)}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_of_every_kind_of_adapter(kind, words):
+    """Only the adapters count, and each sample's gradient is autograd's, in float64."""
+    pipe = small("sd", words)
+    pipe.unet.add_adapter(KINDS[kind])
+    torch.manual_seed(0)
+    for name, p in pipe.unet.named_parameters():
+        if any(part in name for part in ("lora_B", "hada_", "lokr_")): p.data.normal_(std=.1)
+    objective = make_objective(pipe)
+    tuned = {name for name, p in pipe.unet.named_parameters() if re.search("lora_|hada_|lokr_", name)}
+    assert set(objective.parameters) == tuned
+    pipe.unet.double()
+    rng = np.random.default_rng(0)
+    rows = as_samples([{"image": Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)), "prompt": x}
+                       for x in PROMPTS])
+    parameters, t = list(objective.parameters.values()), torch.tensor([400])
+    found = sample_gradients(objective, rows, t, NoCompression(sum(p.numel() for p in parameters)), verify=True)
+    encoded, noise = objective.encode(rows[:]), objective.draw_noise([400])[:, 0]
+    for i in range(3):
+        loss = objective.loss({name: x[i:i + 1] for name, x in encoded.items()}, t, noise).sum()
+        gradients = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
+        exact = torch.cat([flatten_like_gradient(g).flatten() for g in gradients])
+        assert (found.compressed[i, 0] - exact).norm() < 1e-5 * exact.norm()

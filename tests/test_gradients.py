@@ -249,3 +249,17 @@ def test_shapes_at_their_smallest_and_colour(digits):
                 noises=noises,
                 batch_size=1)
             assert found.compressed.shape == (len(samples), 1, 1) and found.norms.min() > 0
+
+
+def test_gradients_left_by_a_training_loop_do_not_disturb_the_check():
+    """A model fresh from `loss.backward()` passes the check against autograd, and keeps what it had."""
+    torch.manual_seed(0)
+    model, x = nn.Linear(3, 2), torch.randn(4, 3)
+    model(x).square().sum().backward()
+    before = model.weight.grad.clone()
+    def loss(): return model(x).square().mean(1)
+    parameters = dict(model.named_parameters())
+    with PerSampleGradients(model, parameters, NoCompression(8)) as gradients:
+        compressed, norms, _ = gradients(loss, 4)
+        gradients.verify(loss, 4, compressed, norms)
+    assert torch.equal(model.weight.grad, before)

@@ -158,7 +158,7 @@ def test_trained_betas_are_read():
 
 
 @pytest.mark.parametrize("scheduler, said", [
-    (EDMEulerScheduler(), "EDMEulerScheduler, which has neither betas"), (FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True), "use_dynamic_shifting"),
+    (EDMEulerScheduler(), "EDMEulerScheduler, which has neither betas"), (FlowMatchEulerDiscreteScheduler(invert_sigmas=True), "invert_sigmas"),
     (diffusers.CogVideoXDDIMScheduler(), "snr_shift_scale"), (DPMSolverMultistepScheduler(use_flow_sigmas=True), "use_flow_sigmas with prediction_type='epsilon'"),
     (diffusers.DDPMWuerstchenScheduler(), "neither betas"), (DDPMScheduler(prediction_type="x"), "prediction_type='x'")])
 def test_a_schedule_that_cannot_be_read_is_refused_by_name(scheduler, said):

@@ -7,22 +7,23 @@ __all__ = ['RULES', 'flatten_like_gradient', 'unflatten_like_gradient', 'Sink', 
            'sample_gradients']
 
 # %% ../../nbs/core/11_gradients.ipynb #89fd56b7
+import itertools
 from collections import Counter
 from collections.abc import Callable
-from contextlib import contextmanager, ExitStack
+from contextlib import contextmanager, ExitStack, nullcontext
 from itertools import accumulate
 from typing import NamedTuple
 
 import torch
 from torch import nn
 import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from .checks import whole, whole_seed
 from .compression import NoCompression
 from .objective import Objective
-from .regions import region_weight
-from .runtime import bar
+from .runtime import bar, return_freed_memory
 
 # %% ../../nbs/core/11_gradients.ipynb #d8158a44
 def flatten_like_gradient(tensor: torch.Tensor, lead: int = 0) -> torch.Tensor:   # (..lead dims, numel)
@@ -261,29 +262,58 @@ def _generic(call: _Call, grads, sink):
     per_sample = [x.unflatten(0, (sink.n, -1)) for x, b in zip(inputs, batched) if b]
     constant = [x for x, b in zip(inputs, batched) if not b]
 
-    def backward(own, gs):   # of one sample: its inputs, and the gradients of its outputs
+    def forward(parameters, own):   # of one sample
         own, shared = iter(own), iter(constant)
         args, kwargs = tree_unflatten([next(own) if b else next(shared) for b in batched], layout)
-        def forward(parameters):
-            outputs = tree_flatten(torch.func.functional_call(call.module, parameters, args, kwargs))[0]
-            return [outputs[i] for i in call.places]
-        return torch.func.vjp(forward, {n: p.detach() for n, p in named.items()})[1](gs)[0]
+        outputs = tree_flatten(torch.func.functional_call(call.module, parameters, args, kwargs))[0]
+        return [outputs[i] for i in call.places]
 
     gs = [g.unflatten(0, (sink.n, -1)) for g in grads]
     for i, j in _parts(sink.n, sum(p.numel() for p in named.values())):
         with torch.enable_grad():
-            gradients = torch.func.vmap(backward)([x[i:j] for x in per_sample], [g[i:j] for g in gs])
+            gradients = _of_each(forward, named, [x[i:j] for x in per_sample], [g[i:j] for g in gs])
         for name, p in named.items(): sink.add(p, flatten_like_gradient(gradients[name], 1).detach(), i)
 
+# %% ../../nbs/core/11_gradients.ipynb #1d6dee87
+def _of_each(forward: Callable, named: dict, own: list, gs: list) -> dict[str, torch.Tensor]:
+    """Gradients of each sample: at once, or one by one where a module's own functions do not allow that."""
+    def backward(own, gs):
+        values = {name: p.detach() for name, p in named.items()}
+        return torch.func.vjp(lambda parameters: forward(parameters, own), values)[1](gs)[0]
+    try: return torch.func.vmap(backward)(own, gs)
+    except RuntimeError as e:
+        if "functorch" not in str(e):
+            raise
+    values, each = {name: p.detach().requires_grad_() for name, p in named.items()}, []
+    for i in range(len(gs[0])):
+        outputs = forward(values, [x[i] for x in own])
+        each.append(torch.autograd.grad(outputs, list(values.values()), [g[i] for g in gs]))
+    return dict(zip(named, map(torch.stack, zip(*each))))
+
 # %% ../../nbs/core/11_gradients.ipynb #4d781486
+def _whole(module: nn.Module, wants: Callable) -> bool:
+    """Whether a module is handled as one: it uses counted parameters itself, and is torch's own, or keeps
+    them in a dictionary or list, or holds no other module with parameters.
+    """
+    children = list(module.children())
+    kept = [child for child in children if isinstance(child, (nn.ParameterDict, nn.ParameterList))]
+    if any(wants(p) for child in kept for p in child.parameters()): return True
+    if not any(wants(p) for p in module.parameters(recurse=False)): return False
+    inner = (p for child in children for p in child.parameters())
+    return type(module).__module__.startswith("torch.nn.") or next(inner, None) is None
+
+# %% ../../nbs/core/11_gradients.ipynb #adcae23a
 def _units(module, wants, name=""):
-    """Which modules are handled as one, by name: the outermost that own a counted parameter themselves."""
-    if any(wants(p) for p in module.parameters(recurse=False)): return {name: module}
-    units = {}
-    for child, m in module.named_children(): units |= _units(m, wants, f"{name}.{child}".lstrip("."))
-    return units
+    """Which modules are handled as one, by name, and the parameters that stand between them."""
+    if _whole(module, wants): return {name: module}, {}
+    own = {f"{name}.{key}".lstrip("."): p for key, p in module.named_parameters(recurse=False) if wants(p)}
+    units, between = {}, own
+    for child, m in module.named_children():
+        below = _units(m, wants, f"{name}.{child}".lstrip("."))
+        units, between = units | below[0], between | below[1]
+    return units, between
 
-
+# %% ../../nbs/core/11_gradients.ipynb #b0e8be0a
 @contextmanager
 def _frozen(model: nn.Module):
     """While open, the model is in evaluation mode and no parameter asks for a gradient."""
@@ -294,6 +324,10 @@ def _frozen(model: nn.Module):
     finally:
         for p, before in trained.items(): p.requires_grad_(before)
         for m, before in training.items(): m.training = before
+
+# %% ../../nbs/core/11_gradients.ipynb #8a575ac9
+def _bytes_on_cpu(model: nn.Module) -> int:
+    return sum(p.nbytes for p in model.parameters() if p.device.type == "cpu")
 
 # %% ../../nbs/core/11_gradients.ipynb #036e5c34
 def _watchable(output: torch.Tensor) -> torch.Tensor:
@@ -339,6 +373,59 @@ class _Tape:
             with torch.no_grad(): _apply_rule(call, grads, self.sink)
         self.hooks.callback(torch.autograd.graph.register_multi_grad_hook(watched, back).remove)
 
+# %% ../../nbs/core/11_gradients.ipynb #a68ae989
+class _Operation(nn.Module):
+    """One operation on parameters and other values, as a module that takes the other tensors."""
+
+    def __init__(self, function: Callable, flat: list, layout, made: dict[int, Callable], parameters: dict):
+        super().__init__()
+        self.function, self.flat, self.layout, self.made = function, flat, layout, made
+        for key, p in parameters.items(): self.register_parameter(key, p)
+
+    def forward(self, *others: torch.Tensor):
+        flat, rest = list(self.flat), iter(others)
+        for i, x in enumerate(flat):
+            if i in self.made: flat[i] = self.made[i](self)
+            elif torch.is_tensor(x): flat[i] = next(rest)
+        args, kwargs = tree_unflatten(flat, self.layout)
+        return self.function(*args, **kwargs)
+
+# %% ../../nbs/core/11_gradients.ipynb #51733028
+class _Between(TorchFunctionMode):
+    """While open, records on a tape the operations in which `parameters` (name -> parameter) meet others."""
+
+    def __init__(self, tape: "_Tape", parameters: dict[str, nn.Parameter], model: nn.Module):
+        super().__init__()
+        self.tape, self.known = tape, {}   # id -> tensor, how to make it again, the parameters in it
+        self.constant = {id(x) for x in itertools.chain(model.parameters(), model.buffers())}
+        for name, p in parameters.items():
+            key = name.replace(".", "/")
+            self.known[id(p)] = p, lambda module, key=key: getattr(module, key), {key: p}
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        output = function(*args, **kwargs)
+        flat, layout = tree_flatten((args, kwargs))
+        places = [i for i, x in enumerate(flat) if torch.is_tensor(x) and id(x) in self.known]
+        outputs, form = tree_flatten(output)
+        if not places or not any(torch.is_tensor(x) and x.is_floating_point() for x in outputs): return output
+        made = {i: self.known[id(flat[i])][1] for i in places}
+        parameters = {key: p for i in places for key, p in self.known[id(flat[i])][2].items()}
+        operation = _Operation(function, flat, layout, made, parameters)
+        others = [x for i, x in enumerate(flat) if torch.is_tensor(x) and i not in made]
+        if any(id(x) not in self.constant for x in others):
+            return self.tape.record(" and ".join(parameters), operation, tuple(others), {}, output)
+        for k, x in enumerate(outputs):
+            again = lambda module, k=k: tree_flatten(_part(operation, module, others))[0][k]
+            if torch.is_tensor(x): self.known[id(x)] = x, again, parameters
+        return tree_unflatten(outputs, form)
+
+# %% ../../nbs/core/11_gradients.ipynb #cd79e63d
+def _part(operation: _Operation, module: nn.Module, others: list):
+    """What an operation on parameters and constants gives for those of `module`."""
+    own = {k: getattr(module, k) for k, _ in operation.named_parameters()}
+    return torch.func.functional_call(operation, own, tuple(others))
+
 # %% ../../nbs/core/11_gradients.ipynb #4bdb442c
 def _weighted_gradient(loss: Callable, weights: torch.Tensor, parameters: list, sink: Sink) -> torch.Tensor:
     """Autograd's compressed gradient (v,) of the samples' losses, weighted by `weights` (n,)."""
@@ -347,6 +434,8 @@ def _weighted_gradient(loss: Callable, weights: torch.Tensor, parameters: list, 
     def take(p):   # compressed and freed at once, so the summed gradient is never held whole either
         compressor.add_(total, flatten_like_gradient(p.grad.float()).flatten()[None], sink.starts[id(p)])
         p.grad = None
+    left = [p.grad for p in parameters]   # by whoever trained the model; it would be added to
+    for p in parameters: p.grad = None
     for p in parameters: p.requires_grad_(True)
     handles = [p.register_post_accumulate_grad_hook(take) for p in parameters]
     try:
@@ -354,7 +443,7 @@ def _weighted_gradient(loss: Callable, weights: torch.Tensor, parameters: list, 
             (loss().unflatten(0, (len(weights), -1)).mean(1) * weights).sum().backward()
     finally:
         for h in handles: h.remove()
-        for p in parameters: p.requires_grad_(False)
+        for p, grad in zip(parameters, left): p.requires_grad_(False).grad = grad
     return compressor.finish(total)[0]
 
 # %% ../../nbs/core/11_gradients.ipynb #c0ffb3bb
@@ -379,12 +468,14 @@ class PerSampleGradients:
     def __init__(self, model: nn.Module, parameters: dict[str, nn.Parameter], compressor):
         self.model, self.parameters, self.sink = model, parameters, Sink(parameters, compressor)
         self._tape = None   # outside of a forward pass; the generic path runs modules again
+        self._units, self._between = _units(model, self.sink.wants)
 
     def __enter__(self):
+        if _bytes_on_cpu(self.model) > 2**30: return_freed_memory()
         self._open = ExitStack()
         self._open.enter_context(_frozen(self.model))
         # a module with two names once
-        units = {id(m): (name, m) for name, m in _units(self.model, self.sink.wants).items()}
+        units = {id(m): (name, m) for name, m in self._units.items()}
         for name, m in units.values():
             handle = m.register_forward_hook(self._hook(name), with_kwargs=True)
             self._open.callback(handle.remove)
@@ -395,11 +486,16 @@ class PerSampleGradients:
     def _hook(self, name):
         return lambda *call: None if self._tape is None else self._tape.record(name, *call)
 
+    def _watching(self, tape):
+        """A context that records what is done with the parameters between modules, if there are any."""
+        return _Between(tape, self._between, self.model) if self._between else nullcontext()
+
     def __call__(self, loss: Callable[[], torch.Tensor], n: int):
         """Returns compressed gradients (n, v) float32, norms (n,) and losses (rows,). See the class."""
         tape = self._tape = _Tape(self.sink)
         with torch.inference_mode(False), torch.enable_grad(), tape.hooks:
-            try: losses = loss()
+            try:
+                with self._watching(tape): losses = loss()
             finally: self._tape = None
             _check_losses(losses, n)
             self.sink.begin(n, tape.uses, losses.device)
@@ -460,7 +556,7 @@ def _encoded(objective: Objective, samples, names, regions) -> dict[str, torch.T
     with torch.no_grad(): encoded = objective.encode(samples[:], names)
     if regions is not None:
         pairs = zip(regions, samples, strict=True)
-        weights = [region_weight(region, x["image"], objective.shape) for region, x in pairs]
+        weights = [objective.region_weight(region, x["image"]) for region, x in pairs]
         encoded["weight"] = torch.stack(weights)
     return {name: x.to(objective.device) for name, x in encoded.items()}
 
@@ -476,7 +572,18 @@ def _one_pass(gradients, ask: _Asked, pair: torch.Tensor, draws: range, verify: 
         gradients.verify(loss, len(pair), compressed, norms)
     return compressed, norms, losses.view(len(pair), len(draws)).mean(1)
 
+# %% ../../nbs/core/11_gradients.ipynb #6432b78b
+def _kind_by_kind(gradients, ask: _Asked, pair: torch.Tensor, *options):
+    """`_all_draws` of pairs, with a pass for each of the objective's kinds of samples."""
+    kinds = ask.objective.kinds(ask.encoded)
+    if kinds is None: return _all_draws(gradients, ask, pair, *options)
+    ours = kinds.to(pair.device)[pair // len(ask.steps)]
+    rows = [(ours == kind).nonzero()[:, 0] for kind in ours.unique()]
+    parts = [_all_draws(gradients, ask, pair[x], *options) for x in rows]
+    place = torch.cat(rows).argsort()
+    return tuple(torch.cat(x)[place] for x in zip(*parts))
 
+# %% ../../nbs/core/11_gradients.ipynb #502c8c5f
 def _all_draws(gradients, ask: _Asked, pair: torch.Tensor, compressor, verify: bool):
     """The same over all draws. Where they do not fit into a pass, whole gradients of one pair are summed,
     then compressed, as the norm of a mean needs the mean.
@@ -523,7 +630,7 @@ def sample_gradients(
     names=None,                    # (n,) how to call the samples in errors; default: "sample 0", …
     verify: bool = False,          # check the first batch against autograd's summed gradient
     regions=None,                  # (n,) region of each image that the loss looks at, as in
-                                   # dmin.core.regions.region_weight; None: all of it
+                                   # dmin.core.regions.region_mask; None: all of it
     progress: bool = False,        # show a bar
 ) -> Gradients:
     """The compressed gradient of each sample's loss at each timestep, on the CPU.
@@ -547,7 +654,7 @@ def sample_gradients(
     with PerSampleGradients(objective.model, objective.parameters, inner) as gradients:
         for first in bar(pairs, desc="gradients", unit="batch", disable=not progress):
             pair = torch.arange(first, min(n * T, first + pairs.step), device=device)
-            parts = _all_draws(gradients, ask, pair, compressor, verify and first == 0)
+            parts = _kind_by_kind(gradients, ask, pair, compressor, verify and first == 0)
             _check_finite(parts[2], parts[1], names, pair // T, steps[pair % T])
             for total, part in zip(wholes, parts): total[first:first + len(pair)] = part
     return Gradients(*(x.unflatten(0, (n, T)) for x in wholes))

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from .checks import one_of, whole
-from .regions import weighted_mean
+from .regions import region_weight, weighted_mean
 from .schedule import noise_schedule, NoiseSchedule, training_settings
 
 # %% ../../nbs/core/09_objective.ipynb #a41e5ebc
@@ -61,7 +61,8 @@ def adapters_in_use(model: nn.Module) -> dict[str, nn.Parameter]:   # by name, i
         if layer.merged or layer.disable_adapters: continue
         for inner, _ in layer.named_parameters():
             parts = inner.split(".")
-            if parts[0].startswith("lora_") and set(parts) & set(layer.active_adapters):
+            own = parts[0] in (*layer.adapter_layer_names, "lora_magnitude_vector")   # the last is DoRA's
+            if own and set(parts) & set(layer.active_adapters):
                 used.add(f"{name}.{inner}".lstrip("."))
     return {name: p for name, p in model.named_parameters() if name in used}
 
@@ -164,7 +165,7 @@ def _adapter_states(model: nn.Module) -> dict:
 # %% ../../nbs/core/09_objective.ipynb #dbe6890a
 def _described(objective) -> list:
     """What an objective depends on beside its weights, as JSON can hold it."""
-    model, settings = objective.model, training_settings(objective.scheduler)
+    model, settings = objective.model, objective.settings()
     config = getattr(model, "config", {})
     public = [k for k in sorted(config) if not k.startswith("_") and config[k] is not None]
     scales = _adapter_states(model)
@@ -187,6 +188,32 @@ def _fingerprint(objective) -> str:
             digest.update(memoryview(x.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()))
     return digest.hexdigest()[:16]
 
+# %% ../../nbs/core/09_objective.ipynb #adb822e6
+def _offloads(hook) -> bool:
+    """Whether accelerate's hook moves a layer's parameters about."""
+    if type(hook).__name__ == "CpuOffload" or getattr(hook, "offload", False): return True
+    return any(_offloads(inner) for inner in getattr(hook, "hooks", ()))   # several in one
+
+
+def _check_network(pipe, model: nn.Module, wanted: str) -> None:
+    """Raises `TypeError` for a network of another class, and `ValueError` for one on several devices, or
+    whose parameters are moved about.
+    """
+    kind = type(model.get_base_model() if hasattr(model, "get_base_model") else model)   # peft's wrap it
+    if wanted and wanted not in (base.__name__ for base in kind.__mro__):
+        raise TypeError(
+            f"the network in this {type(pipe).__name__} is a {kind.__name__}, and the loss is of a {wanted}:"
+            " put in the one that was trained, or write a family of its own (nbs/core/10_registry.ipynb)")
+    devices = {str(p.device) for p in model.parameters()}
+    if len(devices) > 1:
+        where = " and ".join(sorted(devices))
+        raise ValueError(f"the parameters of {kind.__name__} are on {where}: move all of them to one device,"
+                         " pipe.to(…), without offloading")
+    if any(_offloads(getattr(layer, "_hf_hook", None)) for layer in model.modules()):
+        raise ValueError(
+            f"the parameters of {kind.__name__} are offloaded to the CPU while it does not compute:"
+            " pipe.remove_all_hooks() and pipe.to(…) keep them on one device")
+
 # %% ../../nbs/core/09_objective.ipynb #85fe9c93
 class Objective:
     """The training loss of one pipeline family, which subclasses it: see `dmin.core.registry`.
@@ -196,6 +223,7 @@ class Objective:
     """
 
     options: dict = {}         # those that differ from their default
+    network: str = ""          # the class of the network in diffusers; empty: any
     bounded: bool = False      # whether latents lie in [-1, 1], as pixels do
     flow: bool | None = None   # whether the family is trained as a flow; None: it may be either
 
@@ -204,6 +232,7 @@ class Objective:
         if output != "loss": self.options = self.options | {"output": output}
         self.pipe, self.scheduler, self.output = pipe, pipe.scheduler, output
         self.model = network(pipe)
+        _check_network(pipe, self.model, self.network)
         self.parameters = counted_parameters(self.model, parameters)
 
     def encode(self, samples, names=None) -> dict[str, torch.Tensor]:
@@ -220,6 +249,12 @@ class Objective:
     def check_image(self, image, name: str) -> None:
         """Raises `ValueError`, which calls it `name`, for an image that cannot be encoded; cheap."""
 
+    def region_weight(self, region, image) -> torch.Tensor:   # (1, h, w)
+        """A region of an image, as `dmin.core.regions.region_mask` takes it, as weights of the latent's
+        positions.
+        """
+        return region_weight(region, image, self.shape)
+
     def encoders(self) -> list[nn.Module]:
         """The frozen models that `encode` uses, such as an autoencoder; part of the fingerprint."""
         return []
@@ -227,6 +262,11 @@ class Objective:
     def loss(self, encoded: dict, t: torch.Tensor, eps: torch.Tensor) -> torch.Tensor:   # (n,)
         """The loss of each row, or its other output; means are weighted by `encoded["weight"]`, if given."""
         return OUTPUTS[self.output](*self.predict(encoded, t, eps), encoded.get("weight"))
+
+    def kinds(self, encoded: dict) -> torch.Tensor | None:
+        """A number (n,) for each row where only rows of the same may share a pass, as prompts of different
+        lengths may not in some networks; None: all may.
+        """
 
     def noisy(self, z0: torch.Tensor, eps: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         """What the network sees, (n, *shape): `z0` with the noise `eps` of timesteps `t`. Linear in both."""
@@ -248,6 +288,10 @@ class Objective:
     def schedule(self) -> NoiseSchedule:
         """The noise levels of the model's training. Raises `ValueError` when they cannot be read."""
         return _schedule_of(self)
+
+    def settings(self) -> dict:
+        """What the loss depends on beside network, options and encoders: how the model was noised."""
+        return training_settings(self.scheduler)
 
     @property
     def device(self) -> torch.device: return next(self.model.parameters()).device

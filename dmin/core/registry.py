@@ -11,6 +11,7 @@ import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from inspect import signature
 
 from .checks import one_of
 from .objective import Objective
@@ -73,6 +74,24 @@ def pipeline_family(pipe) -> Family:
         f"{type(pipe).__name__} is not supported: {', '.join(FAMILIES)} are. Subclass Objective and announce"
         " it with dmin.core.registry.register_family to add it, as the notebooks of nbs/families do")
 
+# %% ../../nbs/core/10_registry.ipynb #5c4b5f6a
+def _options(objective: type[Objective]) -> list[str]:
+    """What an objective's constructor takes beside pipeline and parameters, and what it passes on to."""
+    names = set()
+    for kind in objective.__mro__:
+        if "__init__" not in vars(kind): continue
+        arguments = signature(kind.__init__).parameters.values()
+        names |= {x.name for x in arguments if x.kind is not x.VAR_KEYWORD}
+        if all(x.kind is not x.VAR_KEYWORD for x in arguments): break
+    return sorted(names - {"self", "pipe", "parameters"})
+
+
+def _check_options(pipe, objective: type[Objective], options) -> None:
+    """Raises `TypeError` for an option that the objective of a pipeline does not have."""
+    unknown, known = set(options) - set(_options(objective)), ", ".join(_options(objective))
+    if unknown:
+        raise TypeError(f"{type(pipe).__name__} has no option {', '.join(sorted(unknown))}: it takes {known}")
+
 # %% ../../nbs/core/10_registry.ipynb #681325e8
 def make_objective(
     pipe,              # a pipeline; an objective is returned as it is
@@ -89,4 +108,6 @@ def make_objective(
                          " to choose others")
     if isinstance(pipe, str):
         raise TypeError(f"{pipe!r} is a name, not a pipeline: load_pipeline({pipe!r}) gives one")
-    return pipeline_family(pipe).objective(pipe, parameters, **options)
+    objective = pipeline_family(pipe).objective
+    _check_options(pipe, objective, options)
+    return objective(pipe, parameters, **options)

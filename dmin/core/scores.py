@@ -21,13 +21,18 @@ from .show import attribution_figure, attribution_html, Strip
 
 # %% ../../nbs/core/13_scores.ipynb #614fb6e0
 def _caption(row: dict, dataset) -> str:
-    """The label by name, else subset and prompt, else nothing."""
+    """Subset and prompt, else the label by name, and the file's name, as far as they are known."""
+    file = Path(getattr(row.get("image"), "filename", "") or "").name
+    return " · ".join(x for x in (_said(row, dataset), file) if x)
+
+
+def _said(row: dict, dataset) -> str:
     from datasets import ClassLabel
+    if row.get("prompt"): return ": ".join(str(row[c]) for c in ("subset", "prompt") if row.get(c))
     label, kind = row.get("label"), dataset.features.get("label")
     if isinstance(kind, ClassLabel) and isinstance(label, int):
         return f"label {kind.int2str(label)}" if 0 <= label < kind.num_classes else ""
-    if label is not None: return f"label {label}"
-    return ": ".join(str(row[c]) for c in ("subset", "prompt") if row.get(c))
+    return f"label {label}" if label is not None else str(row.get("subset") or "")
 
 # %% ../../nbs/core/13_scores.ipynb #21fe69fc
 def _rank_range(ranks: torch.Tensor) -> str:   # (seeds,)

@@ -372,6 +372,7 @@ def collect(
     batch_size: int = 64,              # (sample, timestep, noise) rows a pass
     shard_size: int | None = None,     # samples a file; None: 64, or fewer where 64 would need over 256 MB
     progress: bool = True,             # show a bar
+    **options,                         # of the family's objective, such as size, resize, output
 ) -> Store:
     """Collects the compressed gradients of all samples; resumes when the folder holds an unfinished store of
     the same recipe.
@@ -387,7 +388,7 @@ def collect(
     seed, noises = whole_seed("seed", seed), whole("noises", noises)
     batch_size = whole("batch_size", batch_size)
     one_of("dtype", dtype, DTYPES)
-    objective = make_objective(pipe, parameters)
+    objective = make_objective(pipe, parameters, **options)
     samples, folder = as_samples(samples), absolute_folder(folder)
     timesteps = _timesteps(objective, timesteps, spacing)
     d = sum(p.numel() for p in objective.parameters.values())
@@ -408,14 +409,21 @@ def _check_same(stored: Manifest, given: Manifest, what: str, way_out: str) -> N
     if words := differences(stored, given):
         raise ValueError(f"{what}: {'; '.join(words)}. {way_out}")
 
-
-def open_store(folder: str | Path, pipe=None, samples=None, parameters=None, verify: bool = True) -> Store:
-    """Opens a store; with `pipe`, queries can be computed; with `samples`, results show images.
+# %% ../../nbs/core/15_store.ipynb #ecc8eb5c
+def open_store(
+    folder: str | Path,
+    pipe=None,             # that the store was collected from: queries can then be computed
+    samples=None,          # and its data set: results then show images
+    parameters=None,       # as they were
+    verify: bool = True,   # compare each file with its checksum when it is first read
+    **options,             # of the family's objective, as they were
+) -> Store:
+    """Opens a store.
 
     Raises `ValueError` when the pipeline or the samples are not those of the store, and what `ShardFolder`
     raises.
     """
-    objective = None if pipe is None else make_objective(pipe, parameters)
+    objective = None if pipe is None else make_objective(pipe, parameters, **options)
     samples = None if samples is None else as_samples(samples)
     store = Store(folder, verify, objective, samples)
     stored = store.manifest
@@ -429,6 +437,6 @@ def open_store(folder: str | Path, pipe=None, samples=None, parameters=None, ver
     return store
 
 # %% ../../nbs/core/15_store.ipynb #0a9c02aa
-_PASS_PIPELINE = ("Pass the pipeline that it was collected from, with the same parameters=, or collect into a"
-                  " new folder")
+_PASS_PIPELINE = ("Pass the pipeline that it was collected from, with the same parameters= and options, or"
+                  " collect into a new folder")
 _PASS_SAMPLES = "Pass the one that it was collected from, in its order"

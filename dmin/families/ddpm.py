@@ -50,6 +50,7 @@ class DDPMObjective(Objective):
     Source: Ho et al. 2020, Eq. 14.
     """
 
+    network = "UNet2DModel"
     bounded, flow = True, False
 
     def __init__(self, pipe, parameters=None, output: str = "loss"):
