@@ -73,9 +73,13 @@ def add_lora(
     return pipe
 
 # %% ../nbs/00_lora.ipynb #8c533efe
+_NETWORKS = "unet", "transformer"
+
+
 def _adapted(pipe) -> dict[str, torch.nn.Module]:
     """The network and text encoders of a pipeline that have adapters, by name."""
-    parts = {name: getattr(pipe, name, None) for name in getattr(pipe, "_lora_loadable_modules", ())}
+    names = getattr(pipe, "_lora_loadable_modules", ())
+    parts = {name: network(pipe) if name in _NETWORKS else getattr(pipe, name, None) for name in names}
     return {name: part for name, part in parts.items() if getattr(part, "peft_config", None)}
 
 
@@ -213,7 +217,8 @@ def _insert_peft(model: torch.nn.Module, folder: str) -> None:
     read = load_file(Path(folder) / _PEFT_WEIGHTS)
     state = {key.removeprefix(_WRAPPED): x for key, x in read.items()}
     layers = {name for name, _ in model.named_modules()}
-    lost = [key for key in state if key.split(".lora_")[0] not in layers]
+    # of adapters, or of whole layers that were trained beside them
+    lost = [key for key in state if not {key.split(".lora_")[0], key.rpartition(".")[0]} & layers]
     if not lost:
         _inject(model, PeftConfig.from_pretrained(folder))
         lost = set_peft_model_state_dict(model, state).unexpected_keys

@@ -486,7 +486,13 @@ def _checked_steps(n: int, steps: int | None, epochs: float | None, batch_size: 
 
 
 def _check(options: dict) -> None:
-    """Raises `ValueError` for the first of `fit`'s numbers that makes no sense."""
+    """Raises `ValueError` for the first of `fit`'s numbers that makes no sense, and `TypeError` for an option
+    that nothing takes.
+    """
+    known = [field.name for field in fields(FitOptions)] + ["alone", "callback", "progress"]
+    if unknown := ", ".join(sorted(options.keys() - set(known))):
+        raise TypeError(f"finetune has no option {unknown}: it takes {', '.join(known)}; what belongs to the"
+                        " loss, such as resize, is told by finetune(make_objective(pipe, resize='crop'), …)")
     FitOptions(**{field.name: options[field.name] for field in fields(FitOptions) if field.name in options})
 
 # %% ../nbs/02_training.ipynb #26cf2ef7

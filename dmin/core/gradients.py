@@ -514,7 +514,7 @@ class PerSampleGradients:
         weights = torch.linspace(.5, 1.5, n, device=compressed.device)
         expected = _weighted_gradient(loss, weights, parameters, self.sink)
         error = float((expected - weights @ compressed).norm() / norms.norm())
-        allowed = 1e-3 if all(p.dtype == torch.float32 for p in parameters) else .1
+        allowed = 1e-3 if all(p.dtype == torch.float32 for p in self.model.parameters()) else .1
         if not error < allowed:
             raise RuntimeError(_does_not_add_up(error))
 

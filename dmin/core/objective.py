@@ -43,8 +43,9 @@ def draw_noise(
 
 # %% ../../nbs/core/09_objective.ipynb #aabae07d
 def network(pipe) -> nn.Module:
-    """The network of a pipeline that denoises: its transformer or its U-Net."""
-    return pipe.transformer if getattr(pipe, "transformer", None) is not None else pipe.unet
+    """The network of a pipeline that denoises: its transformer or its U-Net, without a wrapper of peft."""
+    found = pipe.transformer if getattr(pipe, "transformer", None) is not None else pipe.unet
+    return found.get_base_model() if hasattr(found, "get_base_model") else found
 
 # %% ../../nbs/core/09_objective.ipynb #8f92c887
 def _tuner_layers(model: nn.Module) -> dict[str, nn.Module]:   # by name, in the model's order
@@ -53,10 +54,24 @@ def _tuner_layers(model: nn.Module) -> dict[str, nn.Module]:   # by name, in the
 
     return {name: layer for name, layer in model.named_modules() if isinstance(layer, BaseTunerLayer)}
 
+# %% ../../nbs/core/09_objective.ipynb #aef9c1e9
+def _saved_beside(model: nn.Module) -> set[str]:
+    """Names of the parameters of whole layers that peft trains beside adapters (`modules_to_save`)."""
+    from peft.utils import ModulesToSaveWrapper
 
+    used = set()
+    for name, layer in model.named_modules():
+        if not isinstance(layer, ModulesToSaveWrapper) or layer.disable_adapters: continue
+        for adapter in layer.active_adapters:
+            if adapter not in layer.modules_to_save: continue
+            inner = layer.modules_to_save[adapter].named_parameters()
+            used |= {f"{name}.modules_to_save.{adapter}.{key}" for key, _ in inner}
+    return used
+
+# %% ../../nbs/core/09_objective.ipynb #9f1f1361
 def adapters_in_use(model: nn.Module) -> dict[str, nn.Parameter]:   # by name, in the model's order
     """The parameters of a network's adapters that its output depends on: active, not disabled, not fused."""
-    used = set()
+    used = _saved_beside(model)
     for name, layer in _tuner_layers(model).items():
         if layer.merged or layer.disable_adapters: continue
         for inner, _ in layer.named_parameters():
@@ -188,6 +203,16 @@ def _fingerprint(objective) -> str:
             digest.update(memoryview(x.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()))
     return digest.hexdigest()[:16]
 
+# %% ../../nbs/core/09_objective.ipynb #2c685ee3
+def _state(objective) -> tuple:
+    """What changes whenever the fingerprint may: cheap, where that reads all weights."""
+    models = (objective.model, *objective.encoders())
+    tensors = [x for model in models for x in itertools.chain(model.parameters(), model.buffers())]
+    places = tuple((x.data_ptr(), 0 if x.is_inference() else x._version) for x in tensors)
+    # a change of `p.data` leaves the version as it is
+    first = torch.stack([p.detach().flatten()[0].float() for p in objective.parameters.values() if p.numel()])
+    return json.dumps(_described(objective)), places, tuple(first.tolist())
+
 # %% ../../nbs/core/09_objective.ipynb #adb822e6
 def _offloads(hook) -> bool:
     """Whether accelerate's hook moves a layer's parameters about."""
@@ -199,7 +224,7 @@ def _check_network(pipe, model: nn.Module, wanted: str) -> None:
     """Raises `TypeError` for a network of another class, and `ValueError` for one on several devices, or
     whose parameters are moved about.
     """
-    kind = type(model.get_base_model() if hasattr(model, "get_base_model") else model)   # peft's wrap it
+    kind = type(model)
     if wanted and wanted not in (base.__name__ for base in kind.__mro__):
         raise TypeError(
             f"the network in this {type(pipe).__name__} is a {kind.__name__}, and the loss is of a {wanted}:"
@@ -261,7 +286,11 @@ class Objective:
 
     def loss(self, encoded: dict, t: torch.Tensor, eps: torch.Tensor) -> torch.Tensor:   # (n,)
         """The loss of each row, or its other output; means are weighted by `encoded["weight"]`, if given."""
-        return OUTPUTS[self.output](*self.predict(encoded, t, eps), encoded.get("weight"))
+        predicted, target = self.predict(encoded, t, eps)
+        if predicted.shape != target.shape:   # which would be broadcast, across samples at worst
+            forms = f"{tuple(predicted.shape)}, and a target of {tuple(target.shape)}"
+            raise ValueError(f"`predict` of {type(self).__name__} gave {forms}: they must have one shape")
+        return OUTPUTS[self.output](predicted, target, encoded.get("weight"))
 
     def kinds(self, encoded: dict) -> torch.Tensor | None:
         """A number (n,) for each row where only rows of the same may share a pass, as prompts of different
@@ -302,4 +331,7 @@ class Objective:
 
     def fingerprint(self) -> str:
         """16 hex characters that change with all that a gradient depends on, not with the sampler."""
-        return _fingerprint(self)
+        state = _state(self)
+        if getattr(self, "_known", None) is None or self._known[0] != state:
+            self._known = state, _fingerprint(self)
+        return self._known[1]

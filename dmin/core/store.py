@@ -193,9 +193,10 @@ class Store(ShardFolder):
         `batch_size` are rows a pass; `region` is the part of the images that is asked about, see
         `dmin.core.regions`: one for all, or a list of one for each. The last queries' gradients are kept, up
         to 256 MB, so that several methods that ask about the same ones compute them once. Raises `ValueError`
-        when the store does not know its pipeline.
+        when the store does not know its pipeline, or that has changed.
         """
         batch_size, queries = whole("batch_size", batch_size), as_samples(queries)
+        self._check_unchanged()
         asked = self.objective, sample_ids(queries, "query")   # an image that cannot be read is named
         if region is None and self._answered[0] == asked: return self._answered[1]
         options = dict(regions=one_region_each(region, len(queries)), progress=progress)
@@ -203,6 +204,13 @@ class Store(ShardFolder):
         g = compute(self, self.objective, queries, rows, batch_size, name="query", **options)
         if region is None and g.compressed.nbytes <= 2**28: self._answered = asked, g
         return g
+
+    def _check_unchanged(self) -> None:
+        """Raises `ValueError` when the model is no longer the one whose gradients the store has."""
+        if self.objective.fingerprint() == self.manifest.model: return
+        raise ValueError(
+            f"the model has changed since the store in {self.folder} was collected, by training or other"
+            " adapters: load the one that it was collected from, or collect into a new folder")
 
     def forget_queries(self) -> None:
         """The next queries are computed, whatever was asked before; for measuring what that costs."""
@@ -236,13 +244,14 @@ class Store(ShardFolder):
 
         `samples` are the new ones only; `duplicates` says what happens to those that the store has already:
         "warn" and store them again, or "skip" them. Raises `ValueError` when the store does not know its
-        pipeline and its samples or is incomplete, for samples that cannot be encoded, and when another
-        process has added some since the store was opened; then nothing is changed.
+        pipeline and its samples or is incomplete, when the model has changed, for samples that cannot be
+        encoded, and when another process has added some since the store was opened; then nothing is changed.
         """
         from datasets import concatenate_datasets
         batch_size, samples = whole("batch_size", batch_size), as_samples(samples)
         one_of("duplicates", duplicates, ("warn", "skip"))
         objective, known, stored = self.objective, self.training_samples, self.manifest.sample_ids
+        self._check_unchanged()
         new, ids = new_samples(stored, known, samples, duplicates, objective.check_image)
         if not ids: return self
         # else they were announced by a call that was interrupted

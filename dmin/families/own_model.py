@@ -26,6 +26,9 @@ class ModelObjective(Objective):
     def __init__(self, model: torch.nn.Module, parameters=None, output: str = "loss", **settings):
         one_of("output", output, OUTPUTS)
         self._check_definition(model, output)
+        if settings and type(self).__init__ is ModelObjective.__init__:
+            raise TypeError(f"{type(self).__name__} has no option {', '.join(settings)}: it takes parameters"
+                            " and output; for others write an `__init__` that hands them on")
         self.options = {**settings, **({"output": output} if output != "loss" else {})}
         self.pipe, self.model, self.output = None, model, output
         steps = whole("steps", self.steps)
@@ -57,7 +60,13 @@ class ModelObjective(Objective):
         """Raises `TypeError` or `ValueError` where two samples cannot be encoded, or their loss has another
         form than it must.
         """
-        name, n = type(self).__name__, min(2, len(samples))
+        training = self.model.training
+        self.model.eval()   # its statistics are not to move by being looked at
+        try: self._check_forms(samples, min(2, len(samples)))
+        finally: self.model.train(training)
+
+    def _check_forms(self, samples, n: int) -> None:
+        name = type(self).__name__
         with torch.no_grad(): encoded = self.encode(samples[:n])
         if not isinstance(encoded, dict) or not encoded:
             raise TypeError(
@@ -69,7 +78,11 @@ class ModelObjective(Objective):
                             f" whose first dimension is {n}")
         t, eps = torch.zeros(n, dtype=torch.int64), torch.zeros(n, *self.shape)
         on_device = {key: x.to(self.device) for key, x in encoded.items()}
-        with torch.no_grad(): losses = self.loss(on_device, t.to(self.device), eps.to(self.device))
+        try:
+            with torch.no_grad(): losses = self.loss(on_device, t.to(self.device), eps.to(self.device))
+        except RuntimeError as e:
+            raise ValueError(f"`loss` of {name} fails for noise of `shape` {self.shape}, is it that of one"
+                             f" sample's? ({e})") from e
         if torch.is_tensor(losses) and losses.shape == (n,): return
         form = tuple(losses.shape) if torch.is_tensor(losses) else type(losses).__name__
         raise ValueError(f"`loss` of {name} gave {form} for {n} samples: one loss each, shape ({n},), is"

@@ -1,0 +1,115 @@
+"""A store whose model changed while it was open, and adapters in precisions and wrappers that people use."""
+import pytest
+import torch
+from PIL import Image
+
+from dmin import add_lora, collect, finetune, load_images, load_lora, make_objective, open_store, save_lora
+from dmin.core.images import as_samples
+from dmin.core.objective import network
+from dmin.core.registry import FAMILIES, pipeline_family
+from dmin.families.ddpm import tiny_ddpm
+from dmin.families.own_model import ModelObjective
+
+
+def tiny(name):
+    with pytest.raises(TypeError): pipeline_family(object())   # which finds all families
+    return FAMILIES[name].tiny()
+
+
+@pytest.fixture
+def digits(): return load_images("mnist_5k", size=8).select(range(6))
+
+
+def trained(pipe, digits): finetune(pipe, digits, steps=1, batch_size=2, progress=False)
+
+
+def edited(pipe, digits): next(network(pipe).parameters()).data.add_(1)
+
+
+@pytest.mark.parametrize("change", (trained, edited))
+def test_a_changed_model_is_refused_by_its_open_store(change, digits, tmp_path):
+    """Also for queries that were asked before, and for new samples; another store is collected as ever."""
+    pipe = tiny_ddpm(8, channels=(16, 16))
+    store = collect(pipe, digits.select(range(4)), tmp_path / "a", timesteps=2, progress=False)
+    store.influence(digits)
+    change(pipe, digits)
+    for ask in (lambda: store.influence(digits), lambda: store.gradients(digits[0]), lambda: store.add(digits)):
+        with pytest.raises(ValueError, match="model has changed since the store in .*a was collected"): ask()
+    assert len(store) == 4
+    collect(pipe, digits, tmp_path / "b", timesteps=2, progress=False).influence(digits)
+
+
+def test_a_model_that_was_only_looked_at_is_the_same(digits, tmp_path):
+    pipe = tiny_ddpm(8, channels=(16, 16))
+    store = collect(pipe, digits, tmp_path, timesteps=2, progress=False)
+    pipe.unet.train(), pipe.unet.requires_grad_(False)
+    before = store.influence(digits).values
+    again = open_store(tmp_path, pipe, digits).influence(digits).values
+    assert torch.allclose(before, again, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ("StableDiffusionPipeline", "FluxPipeline", "DiTPipeline"))
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
+def test_adapters_in_float32_on_a_base_in_half_precision(name, dtype, tmp_path):
+    """As large models are tuned; the check against autograd allows for the base's rounding."""
+    pipe = add_lora(tiny(name).to(dtype))
+    assert {p.dtype for p in make_objective(pipe).parameters.values()} == {torch.float32}
+    size, column = make_objective(pipe).size, "label" if name == "DiTPipeline" else "prompt"
+    rows = [{"image": Image.effect_noise(size, 60 + i).convert("RGB"), column: 1 if column == "label" else "a cup"}
+            for i in range(3)]
+    store = collect(pipe, as_samples(rows), tmp_path, v=256, timesteps=2, progress=False)
+    assert store.influence(rows[1]).values.isfinite().all()
+
+
+@pytest.mark.parametrize("name", ("PixArtSigmaPipeline", "StableDiffusionPipeline"))
+def test_a_wrapped_network_is_saved_loaded_and_recognised(name, tmp_path):
+    """What `get_peft_model` made is the same model as one with the saved adapters put in."""
+    from peft import get_peft_model, LoraConfig
+    pipe, place = tiny(name), "unet" if name == "StableDiffusionPipeline" else "transformer"
+    config = LoraConfig(r=2, lora_alpha=2, target_modules=["to_q"], init_lora_weights=False)
+    setattr(pipe, place, get_peft_model(getattr(pipe, place), config))
+    save_lora(pipe, tmp_path)
+    assert make_objective(load_lora(tiny(name), tmp_path)).fingerprint() == make_objective(pipe).fingerprint()
+
+
+def test_layers_trained_beside_adapters_count(tmp_path):
+    """peft's `modules_to_save`, saved by peft and loaded again."""
+    from peft import get_peft_model, LoraConfig
+    pipe = tiny("DiTPipeline")
+    config = LoraConfig(r=2, target_modules=["to_q"], modules_to_save=["proj_out_2"])
+    wrapped = pipe.transformer = get_peft_model(pipe.transformer, config)
+    torch.nn.init.normal_(wrapped.base_model.model.proj_out_2.modules_to_save.default.weight)
+    names = list(make_objective(pipe).parameters)
+    assert any("proj_out_2.modules_to_save.default" in name for name in names) and any("lora_A" in n for n in names)
+    wrapped.save_pretrained(tmp_path)
+    loaded = make_objective(load_lora(tiny("DiTPipeline"), tmp_path))
+    assert loaded.fingerprint() == make_objective(pipe).fingerprint()
+
+
+class Denoiser(ModelObjective):
+    shape = (1, 8, 8)
+    def encode(self, samples, names=None): return {"z0": torch.rand(len(samples["image"]), *self.shape)}
+    def predict(self, encoded, t, eps): return self.model(encoded["z0"] + eps), eps
+
+
+def test_forms_of_an_own_model(digits, tmp_path):
+    class Flat(Denoiser):
+        def predict(self, encoded, t, eps): return self.model(encoded["z0"] + eps), eps[:, 0]
+    class Fixed(Denoiser):
+        def encode(self, samples, names=None): return {"z0": torch.rand(len(samples["image"]), 1, 8, 8)}
+    class Wrong(Fixed): shape = (1, 9, 9)
+    net = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3, padding=1), torch.nn.BatchNorm2d(4), torch.nn.Conv2d(4, 1, 1))
+    with pytest.raises(ValueError, match=r"gave \(2, 1, 8, 8\), and a target of \(2, 8, 8\)"):
+        collect(Flat(net), digits, tmp_path, v=16, progress=False)
+    with pytest.raises(ValueError, match=r"`shape` \(1, 9, 9\), is it that of one"):
+        collect(Wrong(net), digits, tmp_path, v=16, progress=False)
+    with pytest.raises(TypeError, match="no option prameters"): Denoiser(net, prameters="*")
+    before = net.train()[1].running_mean.clone()
+    Denoiser(net).check(digits)
+    assert torch.equal(net[1].running_mean, before) and net.training
+
+
+def test_an_option_that_finetune_does_not_have(digits):
+    pipe = tiny_ddpm(8, channels=(16, 16))
+    with pytest.raises(TypeError, match="no option lrr: it takes .*make_objective"):
+        finetune(pipe, digits, steps=1, lrr=1, progress=False)
