@@ -142,16 +142,20 @@ def save_lora(
     write_folder(absolute_folder(folder), lambda temporary: write_lora(pipe, temporary))
 
 # %% ../nbs/00_lora.ipynb #69db1879
+_FILES = ".safetensors", ".bin", ".pt", ".ckpt"
+
+
 def _unreadable(where: str, e: Exception) -> OSError:
     """Why there are no adapters to be read."""
     if Path(where).exists():
         return OSError(
             f"no adapters can be read in {where}: only safetensors are read; save_lora, or diffusers' "
             f"save_lora_weights, writes pytorch_lora_weights.safetensors. ({str(e)[:200]})")
-    if where.startswith(("/", ".", "~")): return OSError(f"there are no adapters in {where}: no such folder")
+    if where.startswith(("/", ".", "~")) or Path(where).suffix in _FILES:
+        return OSError(f"there are no adapters in {where}: no such file or folder")
     return hub_unreachable(where, "tiny-sd3-lora", e)
 
-
+# %% ../nbs/00_lora.ipynb #97fc170f
 def _read_lora(pipe, where: str) -> dict[str, torch.Tensor]:
     """The adapters of a folder, a file or a Hub id, by the names that `diffusers` gives them."""
     unet = getattr(pipe, "unet", None)   # by whose layout the names of Stability's code are translated
@@ -258,7 +262,7 @@ def load_lora(
     when there are adapters already or not all new ones fit, `OSError` when they cannot be read; then the
     pipeline is as it was.
     """
-    where = str(where)
+    where = str(Path(where).parent if Path(where).name == _PEFT_WEIGHTS else where)   # its folder says how
     if _adapted(pipe) or getattr(network(pipe), "peft_config", None):
         raise ValueError(_ADAPTED)
     insert, before = _reader(pipe, where), _learning(pipe)

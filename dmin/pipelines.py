@@ -10,9 +10,10 @@ import numbers
 import os
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from inspect import signature
 from pathlib import Path
 
 import torch
@@ -299,6 +300,19 @@ def _as_queries(images: list, seeds: range, condition: str | None, conditions: l
     return Dataset.from_dict(columns, Features(features))
 
 # %% ../nbs/01_pipelines.ipynb #fde0ab20
+def _check_options(pipe, sample: Callable, options) -> None:
+    """Raises `TypeError` for an option that neither the family's sampler nor the pipeline takes."""
+    taken = signature(sample).parameters
+    names = set(taken)
+    if any(x.kind is x.VAR_KEYWORD for x in taken.values()): names |= set(signature(pipe.__call__).parameters)
+    names -= {"pipe", "prompt", "prompts", "conditions", "generator", "generators", "steps", "options"}
+    if "size" in taken: names -= {"height", "width"}   # which it sets
+    if unknown := ", ".join(sorted(options.keys() - names)):
+        known = ", ".join(sorted(names)) or "none"
+        kind = type(pipe).__name__
+        raise TypeError(f"{kind} has no option {unknown} to generate with; those it has: {known}")
+
+# %% ../nbs/01_pipelines.ipynb #2d8003b7
 def generate(
     pipe,                           # a diffusers pipeline of a known family
     prompts_or_n: int | str | Sequence = 1,   # how many images; or prompts or labels, a data set of them too
@@ -312,9 +326,10 @@ def generate(
     """Images from a pipeline, as a data set that can be attributed: image, seed, prompt or label, subset.
 
     Raises `ValueError` for a number below 1, steps or seeds out of range, or prompts where none are taken and
-    the other way round; `TypeError` for a pipeline of no known family.
+    the other way round; `TypeError` for a pipeline of no known family, or an option that it does not have.
     """
     family, (n, conditions) = _sampled_family(pipe), _conditions(pipe, prompts_or_n)
+    _check_options(pipe, family.sample, options)
     seeds, steps, batch_size = _sampling(pipe, family, n, seed, steps, batch_size)
     images = []
     with bar(total=n, desc="generate", unit="image", disable=not progress) as done:

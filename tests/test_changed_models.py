@@ -3,7 +3,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dmin import add_lora, collect, finetune, load_images, load_lora, make_objective, open_store, save_lora
+from dmin import add_lora, collect, finetune, generate, load_images, load_lora, make_objective, open_store, save_lora
 from dmin.core.images import as_samples
 from dmin.core.objective import network
 from dmin.core.registry import FAMILIES, pipeline_family
@@ -113,3 +113,29 @@ def test_an_option_that_finetune_does_not_have(digits):
     pipe = tiny_ddpm(8, channels=(16, 16))
     with pytest.raises(TypeError, match="no option lrr: it takes .*make_objective"):
         finetune(pipe, digits, steps=1, lrr=1, progress=False)
+
+
+@pytest.mark.parametrize("option", ("guidence_scale", "height"))
+def test_options_that_a_pipeline_does_not_have(option):
+    with pytest.raises(TypeError, match=f"no option {option} to generate with; those it has: .*guidance_scale.*size"):
+        generate(tiny("StableDiffusionPipeline"), "a rose", **{option: 3}, progress=False)
+
+
+def test_samples_that_are_none(digits):
+    with pytest.raises(TypeError, match=r"dataset.select\(range\(2\)\)"): as_samples(digits[:2])
+    with pytest.raises(TypeError, match="'pictures': datasets.load_dataset"): as_samples("pictures")
+    with pytest.raises(TypeError, match="Linear is a network: .*ModelObjective"): make_objective(torch.nn.Linear(1, 1))
+
+
+def test_files_of_adapters_that_are_none(tmp_path):
+    with pytest.raises(OSError, match="no such file or folder"): load_lora(tiny("StableDiffusionPipeline"), "none.safetensors")
+    save_lora(add_lora(tiny("DiTPipeline")), tmp_path)
+    assert make_objective(load_lora(tiny("DiTPipeline"), tmp_path / "adapter_model.safetensors")).parameters
+
+
+def test_adapters_of_weight_zero_have_no_gradient(tmp_path):
+    pipe = add_lora(tiny("StableDiffusionPipeline"))
+    pipe.set_adapters(["default"], [0.])
+    rows = as_samples([{"image": Image.new("RGB", (64, 64)), "prompt": "a cup"}])
+    with pytest.raises(FloatingPointError, match="gradient of sample 0 .* is 0"):
+        collect(pipe, rows, tmp_path, v=64, timesteps=1, progress=False)

@@ -65,6 +65,7 @@ LONG = {
     # functions whose arguments are explained one a line
     "fit": 34,
     "finetune": 34,
+    "generate": 26,
     "sample_gradients": 39,
     "collect": 46,
     "counterfactual": 28,

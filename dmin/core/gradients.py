@@ -568,7 +568,7 @@ def _one_pass(gradients, ask: _Asked, pair: torch.Tensor, draws: range, verify: 
     eps, t = ask.noise(k, draws), ask.steps[k].repeat_interleave(len(draws))
     def loss(): return ask.objective.loss(rows, t, eps)
     compressed, norms, losses = gradients(loss, len(pair))
-    if verify and norms.isfinite().all():   # else it is named by `_check_finite`
+    if verify and norms.isfinite().all() and norms.any():   # else it is named by `_check_finite`
         gradients.verify(loss, len(pair), compressed, norms)
     return compressed, norms, losses.view(len(pair), len(draws)).mean(1)
 

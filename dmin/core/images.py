@@ -172,9 +172,14 @@ def _as_data_set(x):
         raise TypeError(
             f"found an {type(x).__name__}, which has no rows to return to: take some of one split,"
             " datasets.Dataset.from_list(list(x.take(1000)))")
+    if isinstance(x, dict) and isinstance(x.get("image"), list):
+        raise TypeError("found a dictionary of lists, as dataset[:2] is: dataset.select(range(2)) has rows")
+    if isinstance(x, (str, os.PathLike)):
+        raise TypeError(
+            f"found {str(x)!r}: datasets.load_dataset('imagefolder', data_dir=…, split='train') reads folders")
     return x if isinstance(x, datasets.Dataset) else _from_rows(_rows_of(x))
 
-
+# %% ../../nbs/core/03_images.ipynb #ed5cd867
 def _decoded(samples):
     """A `Dataset` whose column `image` gives pictures. Raises `TypeError` when it holds none."""
     from datasets import Image as ImageFeature

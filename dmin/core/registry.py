@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from functools import cache
 from inspect import signature
 
+import torch
+
 from .checks import one_of
 from .objective import Objective
 
@@ -70,6 +72,10 @@ def pipeline_family(pipe) -> Family:
     _find_families()
     for kind in type(pipe).__mro__:
         if kind.__name__ in FAMILIES: return FAMILIES[kind.__name__]
+    if isinstance(pipe, torch.nn.Module):
+        raise TypeError(
+            f"{type(pipe).__name__} is a network: give the pipeline that it belongs to, or, where it is in"
+            " none, a dmin.ModelObjective (nbs/families/15_own_model.ipynb)")
     raise TypeError(
         f"{type(pipe).__name__} is not supported: {', '.join(FAMILIES)} are. Subclass Objective and announce"
         " it with dmin.core.registry.register_family to add it, as the notebooks of nbs/families do")

@@ -24,7 +24,7 @@ def check_labels(samples, n_classes: int, names=None) -> list[int]:
                          f" {', '.join(columns)}. Rename it, samples.rename_column('class', 'label')")
     labels = list(samples["label"])
     for i, label in enumerate(labels):
-        if isinstance(label, int) and 0 <= label < n_classes: continue
+        if type(label) is int and 0 <= label < n_classes: continue
         name = names[i] if names else f"sample {i}"
         raise ValueError(
             f"the label of {name} is {label!r}: the network knows the classes 0 to {n_classes - 1}")
