@@ -176,7 +176,8 @@ def _as_data_set(x):
         raise TypeError("found a dictionary of lists, as dataset[:2] is: dataset.select(range(2)) has rows")
     if isinstance(x, (str, os.PathLike)):
         raise TypeError(
-            f"found {str(x)!r}: datasets.load_dataset('imagefolder', data_dir=…, split='train') reads folders")
+            f"found {type(x).__name__} {str(x)!r}, not images: generate(pipe, prompt) makes some of a prompt,"
+            " datasets.load_dataset('imagefolder', data_dir=…, split='train') reads those of a folder")
     return x if isinstance(x, datasets.Dataset) else _from_rows(_rows_of(x))
 
 # %% ../../nbs/core/03_images.ipynb #ed5cd867
