@@ -302,11 +302,11 @@ def _as_queries(images: list, seeds: range, condition: str | None, conditions: l
 # %% ../nbs/01_pipelines.ipynb #fde0ab20
 def _check_options(pipe, sample: Callable, options) -> None:
     """Raises `TypeError` for an option that neither the family's sampler nor the pipeline takes."""
-    taken = signature(sample).parameters
-    names = set(taken)
-    if any(x.kind is x.VAR_KEYWORD for x in taken.values()): names |= set(signature(pipe.__call__).parameters)
-    names -= {"pipe", "prompt", "prompts", "conditions", "generator", "generators", "steps", "options"}
-    if "size" in taken: names -= {"height", "width"}   # which it sets
+    taken = list(signature(sample).parameters.values())[4:]   # after pipe, conditions, generators and steps
+    names = {x.name for x in taken if x.kind is not x.VAR_KEYWORD}
+    if len(names) < len(taken):   # what it passes on
+        names |= {"size"} | set(signature(pipe.__call__).parameters)
+        names -= {"prompt", "generator", "num_inference_steps", "height", "width"}   # of which it sees itself
     if unknown := ", ".join(sorted(options.keys() - names)):
         known = ", ".join(sorted(names)) or "none"
         kind = type(pipe).__name__

@@ -121,6 +121,11 @@ def test_options_that_a_pipeline_does_not_have(option):
         generate(tiny("StableDiffusionPipeline"), "a rose", **{option: 3}, progress=False)
 
 
+def test_sizes_reach_samplers_that_pass_options_on():
+    drawn = generate(tiny("SanaPipeline"), "a rose", steps=1, size=64, negative_prompt="a cup", progress=False)
+    assert drawn[0]["image"].size == (64, 64)
+
+
 def test_samples_that_are_none(digits):
     with pytest.raises(TypeError, match=r"dataset.select\(range\(2\)\)"): as_samples(digits[:2])
     with pytest.raises(TypeError, match="found str 'pictures', not images: .*imagefolder"): as_samples("pictures")
