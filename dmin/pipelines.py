@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from .core.checks import whole, whole_seed
+from .core.checks import check_options, whole, whole_seed
 from .core.objective import network
 from .core.registry import Family, pipeline_family
 from .core.runtime import bar, data_folder, hub_unreachable, quiet_libraries
@@ -300,17 +300,13 @@ def _as_queries(images: list, seeds: range, condition: str | None, conditions: l
     return Dataset.from_dict(columns, Features(features))
 
 # %% ../nbs/01_pipelines.ipynb #fde0ab20
-def _check_options(pipe, sample: Callable, options) -> None:
-    """Raises `TypeError` for an option that neither the family's sampler nor the pipeline takes."""
+def _options(pipe, sample: Callable) -> set[str]:
+    """What a family's sampler takes beside conditions and steps, and what it passes on to the pipeline."""
     taken = list(signature(sample).parameters.values())[4:]   # after pipe, conditions, generators and steps
     names = {x.name for x in taken if x.kind is not x.VAR_KEYWORD}
-    if len(names) < len(taken):   # what it passes on
-        names |= {"size"} | set(signature(pipe.__call__).parameters)
-        names -= {"prompt", "generator", "num_inference_steps", "height", "width"}   # of which it sees itself
-    if unknown := ", ".join(sorted(options.keys() - names)):
-        known = ", ".join(sorted(names)) or "none"
-        kind = type(pipe).__name__
-        raise TypeError(f"{kind} has no option {unknown} to generate with; those it has: {known}")
+    if len(names) == len(taken): return names
+    own = {"prompt", "generator", "num_inference_steps", "height", "width"}   # of which it sees itself
+    return names | {"size"} | signature(pipe.__call__).parameters.keys() - own
 
 # %% ../nbs/01_pipelines.ipynb #2d8003b7
 def generate(
@@ -329,7 +325,7 @@ def generate(
     the other way round; `TypeError` for a pipeline of no known family, or an option that it does not have.
     """
     family, (n, conditions) = _sampled_family(pipe), _conditions(pipe, prompts_or_n)
-    _check_options(pipe, family.sample, options)
+    check_options(f"generating by {type(pipe).__name__}", options, _options(pipe, family.sample))
     seeds, steps, batch_size = _sampling(pipe, family, n, seed, steps, batch_size)
     images = []
     with bar(total=n, desc="generate", unit="image", disable=not progress) as done:

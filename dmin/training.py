@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .core.checks import absolute_folder, finite, one_of, whole, whole_seed
+from .core.checks import absolute_folder, check_options, finite, one_of, whole, whole_seed
 from .core.files import (
     damaged, locked, read_json, read_tensors, remove_leftovers, storing, write_folder, write_tensors)
 from .core.images import as_samples, sample_ids
@@ -490,9 +490,8 @@ def _check(options: dict) -> None:
     that nothing takes.
     """
     known = [field.name for field in fields(FitOptions)] + ["alone", "callback", "progress"]
-    if unknown := ", ".join(sorted(options.keys() - set(known))):
-        raise TypeError(f"finetune has no option {unknown}: it takes {', '.join(known)}; what belongs to the"
-                        " loss, such as resize, is told by finetune(make_objective(pipe, resize='crop'), …)")
+    hint = "; what belongs to the loss is told by finetune(make_objective(pipe, resize='crop'), …)"
+    check_options("finetune", options, known, hint)
     FitOptions(**{field.name: options[field.name] for field in fields(FitOptions) if field.name in options})
 
 # %% ../nbs/02_training.ipynb #26cf2ef7

@@ -101,7 +101,7 @@ def test_forms_of_an_own_model(digits, tmp_path):
     net = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3, padding=1), torch.nn.BatchNorm2d(4), torch.nn.Conv2d(4, 1, 1))
     with pytest.raises(ValueError, match=r"gave \(2, 1, 8, 8\), and a target of \(2, 8, 8\)"):
         collect(Flat(net), digits, tmp_path, v=16, progress=False)
-    with pytest.raises(ValueError, match=r"`shape` \(1, 9, 9\), is it that of one"):
+    with pytest.raises(ValueError, match=r"`shape` \(1, 9, 9\): is that the shape of one"):
         collect(Wrong(net), digits, tmp_path, v=16, progress=False)
     with pytest.raises(TypeError, match="no option prameters"): Denoiser(net, prameters="*")
     before = net.train()[1].running_mean.clone()
@@ -117,7 +117,7 @@ def test_an_option_that_finetune_does_not_have(digits):
 
 @pytest.mark.parametrize("option", ("guidence_scale", "height"))
 def test_options_that_a_pipeline_does_not_have(option):
-    with pytest.raises(TypeError, match=f"no option {option} to generate with; those it has: .*guidance_scale.*size"):
+    with pytest.raises(TypeError, match=f"no option {option}: it takes .*guidance_scale.*size"):
         generate(tiny("StableDiffusionPipeline"), "a rose", **{option: 3}, progress=False)
 
 

@@ -208,7 +208,7 @@ def _state(objective) -> tuple:
     """What changes whenever the fingerprint may: cheap, where that reads all weights."""
     models = (objective.model, *objective.encoders())
     tensors = [x for model in models for x in itertools.chain(model.parameters(), model.buffers())]
-    places = tuple((x.data_ptr(), 0 if x.is_inference() else x._version) for x in tensors)
+    places = tuple((id(x), x.data_ptr(), 0 if x.is_inference() else x._version) for x in tensors)
     # a change of `p.data` leaves the version as it is
     first = torch.stack([p.detach().flatten()[0].float() for p in objective.parameters.values() if p.numel()])
     return json.dumps(_described(objective)), places, tuple(first.tolist())
@@ -250,6 +250,7 @@ class Objective:
     options: dict = {}         # those that differ from their default
     network: str = ""          # the class of the network in diffusers; empty: any
     bounded: bool = False      # whether latents lie in [-1, 1], as pixels do
+    _known: tuple = None, ""   # a state, and its fingerprint
     flow: bool | None = None   # whether the family is trained as a flow; None: it may be either
 
     def __init__(self, pipe, parameters=None, output: str = "loss"):   # output: one of `OUTPUTS`
@@ -332,6 +333,5 @@ class Objective:
     def fingerprint(self) -> str:
         """16 hex characters that change with all that a gradient depends on, not with the sampler."""
         state = _state(self)
-        if getattr(self, "_known", None) is None or self._known[0] != state:
-            self._known = state, _fingerprint(self)
+        if self._known[0] != state: self._known = state, _fingerprint(self)
         return self._known[1]

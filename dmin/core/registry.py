@@ -15,7 +15,7 @@ from inspect import signature
 
 import torch
 
-from .checks import one_of
+from .checks import check_options, one_of
 from .objective import Objective
 
 # %% ../../nbs/core/10_registry.ipynb #2ced1b62
@@ -81,7 +81,7 @@ def pipeline_family(pipe) -> Family:
         " it with dmin.core.registry.register_family to add it, as the notebooks of nbs/families do")
 
 # %% ../../nbs/core/10_registry.ipynb #5c4b5f6a
-def _options(objective: type[Objective]) -> list[str]:
+def _options(objective: type[Objective]) -> set[str]:
     """What an objective's constructor takes beside pipeline and parameters, and what it passes on to."""
     names = set()
     for kind in objective.__mro__:
@@ -89,14 +89,7 @@ def _options(objective: type[Objective]) -> list[str]:
         arguments = signature(kind.__init__).parameters.values()
         names |= {x.name for x in arguments if x.kind is not x.VAR_KEYWORD}
         if all(x.kind is not x.VAR_KEYWORD for x in arguments): break
-    return sorted(names - {"self", "pipe", "parameters"})
-
-
-def _check_options(pipe, objective: type[Objective], options) -> None:
-    """Raises `TypeError` for an option that the objective of a pipeline does not have."""
-    unknown, known = set(options) - set(_options(objective)), ", ".join(_options(objective))
-    if unknown:
-        raise TypeError(f"{type(pipe).__name__} has no option {', '.join(sorted(unknown))}: it takes {known}")
+    return names - {"self", "pipe", "parameters"}
 
 # %% ../../nbs/core/10_registry.ipynb #681325e8
 def make_objective(
@@ -115,5 +108,5 @@ def make_objective(
     if isinstance(pipe, str):
         raise TypeError(f"{pipe!r} is a name, not a pipeline: load_pipeline({pipe!r}) gives one")
     objective = pipeline_family(pipe).objective
-    _check_options(pipe, objective, options)
+    check_options(type(pipe).__name__, options, _options(objective))
     return objective(pipe, parameters, **options)

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import torch
 
-from ..core.checks import one_of, whole
+from ..core.checks import check_options, one_of, whole
 from ..core.objective import counted_parameters, Objective, OUTPUTS
 
 # %% ../../nbs/families/15_own_model.ipynb #f4338c5d
@@ -26,9 +26,9 @@ class ModelObjective(Objective):
     def __init__(self, model: torch.nn.Module, parameters=None, output: str = "loss", **settings):
         one_of("output", output, OUTPUTS)
         self._check_definition(model, output)
-        if settings and type(self).__init__ is ModelObjective.__init__:
-            raise TypeError(f"{type(self).__name__} has no option {', '.join(settings)}: it takes parameters"
-                            " and output; for others write an `__init__` that hands them on")
+        if type(self).__init__ is ModelObjective.__init__:
+            hint = "; for others write an `__init__` that hands them on"
+            check_options(type(self).__name__, settings, ("parameters", "output"), hint)
         self.options = {**settings, **({"output": output} if output != "loss" else {})}
         self.pipe, self.model, self.output = None, model, output
         steps = whole("steps", self.steps)
@@ -81,8 +81,8 @@ class ModelObjective(Objective):
         try:
             with torch.no_grad(): losses = self.loss(on_device, t.to(self.device), eps.to(self.device))
         except RuntimeError as e:
-            raise ValueError(f"`loss` of {name} fails for noise of `shape` {self.shape}, is it that of one"
-                             f" sample's? ({e})") from e
+            raise ValueError(f"`loss` of {name} fails for noise of `shape` {self.shape}: is that the shape"
+                             f" of one sample's? ({e})") from e
         if torch.is_tensor(losses) and losses.shape == (n,): return
         form = tuple(losses.shape) if torch.is_tensor(losses) else type(losses).__name__
         raise ValueError(f"`loss` of {name} gave {form} for {n} samples: one loss each, shape ({n},), is"

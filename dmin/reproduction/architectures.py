@@ -161,13 +161,10 @@ _LDM = dict(
     attention_head_dim=32)
 
 # %% ../../nbs/reproduction/09_architectures.ipynb #941d639c
-_SD35 = dict(
+_SD35 = _SD3["config"] | dict(
     num_layers=38,
     num_attention_heads=38,
     caption_projection_dim=2432,
-    in_channels=16,
-    joint_attention_dim=4096,
-    pooled_projection_dim=2048,
     qk_norm="rms_norm")
 _DIT = dict(
     num_layers=28,
