@@ -22,7 +22,7 @@ unexport MPLBACKEND
 help:
 	@echo 'quickstart  install, run nbs/tutorials/quickstart.ipynb into out/'
 	@echo 'paper       install, run nbs/paper in PRESET=$(PRESET) into out/paper/$(PRESET), sum up; ONLY="table_2 …" runs some'
-	@echo 'test        install, check the notebooks, run each in the smoke preset, then pytest tests'
+	@echo 'test        install, check the notebooks, run each in the smoke preset, and the tests'
 	@echo 'benchmark   install, make what is missing of the retraining benchmark NAME=$(NAME) in JOBS processes'
 	@echo 'export      write dmin/ from the notebooks'
 	@echo 'notebooks   run all notebooks in place in the $(PRESET) preset, keep their outputs'
@@ -61,8 +61,7 @@ test: export OMP_NUM_THREADS = 1
 test: export DMIN_REQUIRE_PEERS = 1
 test: $(INSTALLED)
 	$(PY) tools/check_notebooks.py
-	$(PY) tools/forked_kernels.py $(PY) -m pytest -n $(JOBS) --nbmake --nbmake-kernel=forked --nbmake-timeout=900 --durations=10 nbs
-	$(PY) -m pytest -n $(JOBS) --durations=10 tests
+	$(PY) tools/forked.py $(PY) -m pytest -n $(JOBS) --dist worksteal --nbmake --nbmake-timeout=900 --durations=20 nbs tests
 
 benchmark: export OMP_NUM_THREADS = 1
 benchmark: $(INSTALLED)

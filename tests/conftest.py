@@ -2,6 +2,7 @@
 computes.
 """
 import os
+import sys
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -11,6 +12,9 @@ from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 
 from dmin.reproduction.image_sets import load_images
 from dmin.core.gradients import flatten_like_gradient
+
+# for real processes: forks with the libraries in memory, where tools/forked.py offers them
+PYTHON = os.environ.get("FORKED_PYTHON", sys.executable)
 
 
 def make_unet(size=8, seed=0, **config):

@@ -5,10 +5,10 @@ import json
 import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from conftest import PYTHON
 
 from dmin.reproduction.architectures import ARCHITECTURES
 from dmin.reproduction.claims import Claim, claims_summary, claims_table, Comparison, paper_notebooks, published, STATUS
@@ -155,7 +155,7 @@ def run(out, *names):
         "HF_HUB_OFFLINE": "1",
         "OMP_NUM_THREADS": "1"}
     return subprocess.run(
-        [sys.executable, "tools/run_paper.py", *names],
+        [PYTHON, "tools/run_paper.py", *names],
         cwd=ROOT,
         env=environment,
         capture_output=True,
@@ -193,7 +193,7 @@ def test_two_processes_share_a_paper_notebook(tmp_path):
         "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [
-            sys.executable,
+            PYTHON,
             "-m",
             "torch.distributed.run",
             "--nproc-per-node",

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import make_pipeline
+from conftest import make_pipeline, PYTHON
 from datasets import ClassLabel, Dataset, Features
 from PIL import Image
 
@@ -29,7 +29,6 @@ from dmin.core.shards import differences, Manifest
 from dmin.core.store import Store
 
 RECIPE = dict(v=64, timesteps=2, shard_size=4, progress=False)
-PYTHON = [sys.executable, "-c"]
 
 
 def contents(folder):
@@ -123,7 +122,7 @@ def test_two_adds_of_two_processes_lose_nothing(store, pipe, digits):
     ranges = (("12", "18"), ("20", "26"))
     both = [
         subprocess.Popen(
-            [*PYTHON, ADD, str(store.folder), str(Path(__file__).parent), *r],
+            [PYTHON, "-c", ADD, str(store.folder), str(Path(__file__).parent), *r],
             text=True,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -149,13 +148,13 @@ def test_plain_collects_of_one_folder_at_once(pipe, digits, tmp_path):
     )
     both = [
         subprocess.Popen(
-            [*PYTHON, script, str(tmp_path / "two"), str(Path(__file__).parent)],
+            [PYTHON, "-c", script, str(tmp_path / "two"), str(Path(__file__).parent)],
             stderr=subprocess.PIPE,
             text=True)
         for _ in range(2)]
     assert [(p.communicate(timeout=600)[1], p.returncode)[1] for p in both] == [0, 0]
     one = subprocess.run(
-        [*PYTHON, script, str(tmp_path / "one"), str(Path(__file__).parent)], capture_output=True, timeout=600
+        [PYTHON, "-c", script, str(tmp_path / "one"), str(Path(__file__).parent)], capture_output=True, timeout=600
     )
     assert one.returncode == 0 and contents(tmp_path / "one") == contents(tmp_path / "two")
 
@@ -405,7 +404,7 @@ def test_opening_and_closing_does_not_grow(tmp_path):
         " len(open('/proc/self/maps').readlines())\n"
         "for i in range(6):\n    Store(sys.argv[1])\n    if i == 2: first = size()\nprint(*first, *size())")
     if not Path("/proc/self/fd").exists(): pytest.skip("needs /proc")
-    run = subprocess.run([*PYTHON, script, str(folder)], capture_output=True, text=True, timeout=600)
+    run = subprocess.run([PYTHON, "-c", script, str(folder)], capture_output=True, text=True, timeout=600)
     files, maps, files_then, maps_then = map(int, run.stdout.split())
     assert files_then <= files and maps_then <= maps + 20   # of 100 shards a round
 
@@ -447,7 +446,7 @@ write_atomically(Path(sys.argv[1]), lambda p: (p.write_bytes(b"half"), os.kill(o
 
 
 def test_what_a_kill_left_is_removed_and_what_is_being_written_stays(store, pipe, digits):
-    subprocess.run([*PYTHON, KILLED, str(store.folder / "shard-00000099.safetensors")], timeout=600)
+    subprocess.run([PYTHON, "-c", KILLED, str(store.folder / "shard-00000099.safetensors")], timeout=600)
     [left] = store.folder.glob(".shard*.tmp")
     os.utime(left, (time.time() - 60,) * 2)
 

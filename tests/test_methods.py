@@ -7,6 +7,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from conftest import PYTHON
 from scipy.stats import spearmanr
 
 from dmin import DMin, collect, generate, load_images
@@ -351,7 +352,7 @@ def test_processes_share_the_retraining(tmp_path):
     (tmp_path / "work.py").write_text(RETRAIN)
     done = subprocess.run(
         [
-            sys.executable,
+            PYTHON,
             "-m",
             "torch.distributed.run",
             "--standalone",

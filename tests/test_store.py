@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_pipeline
+from conftest import make_pipeline, PYTHON
 
 from dmin.core.store import collect, open_store
 from dmin.core.shards import Manifest
@@ -48,7 +48,7 @@ collect(make_pipeline(), load_images("mnist_5k", size=8).select(range(0, 2000, 5
 
 def collecting(folder):
     return subprocess.Popen(
-        [sys.executable, "-c", COLLECTING, str(folder), str(Path(__file__).parent)],
+        [PYTHON, "-c", COLLECTING, str(folder), str(Path(__file__).parent)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True)
@@ -63,6 +63,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_bytes(tmp_path):
         for _ in range(draw.randint(1, 3)): process.stdout.readline()   # some shards are there
         time.sleep(draw.random() * .03)
         process.send_signal(signal.SIGKILL)
+        process.stdout.read()   # until it has ended
         kills += process.wait(timeout=600) == -signal.SIGKILL
         for name, data in contents(tmp_path / "killed").items():
             assert data == wanted[name]   # nothing half-written
@@ -99,7 +100,7 @@ def test_a_file_may_not_grow(pipe, digits, tmp_path):
         "resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))\nfrom conftest",
     ).replace("v=64", "v=2048")
     run = subprocess.run(
-        [sys.executable, "-c", script, str(tmp_path / "store"), str(Path(__file__).parent)],
+        [PYTHON, "-c", script, str(tmp_path / "store"), str(Path(__file__).parent)],
         capture_output=True,
         text=True,
         timeout=600)

@@ -12,7 +12,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import one_by_one
+from conftest import one_by_one, PYTHON
 from diffusers import SD3Transformer2DModel, UNet2DConditionModel
 
 from dmin import collect, load_mixture
@@ -292,7 +292,7 @@ def start(saved, store, processes):
         else [])
     return subprocess.Popen(
         [
-            sys.executable,
+            PYTHON,
             *launch,
             str(saved / "work.py"),
             str(saved / "base"),
@@ -344,7 +344,7 @@ def test_notebook_launcher(saved, tmp_path):
     (saved / "launcher.py").write_text(LAUNCHER)
     done = subprocess.run(
         [
-            sys.executable,
+            PYTHON,
             str(saved / "launcher.py"),
             str(saved / "base"),
             str(saved / "lora"),

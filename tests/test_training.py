@@ -4,7 +4,8 @@
 import os
 import signal
 import subprocess
-import sys
+
+from conftest import PYTHON
 
 RUN = """
 import hashlib, sys
@@ -20,18 +21,18 @@ print("weights", hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in p
 
 def run(folder):
     return subprocess.run(
-        [sys.executable, "-c", RUN, str(folder)], capture_output=True, text=True, check=True
+        [PYTHON, "-c", RUN, str(folder)], capture_output=True, text=True, check=True
     ).stdout.split("\n")
 
 
 def test_killed_and_resumed(tmp_path):
     whole = run(tmp_path / "whole")
     process = subprocess.Popen(
-        [sys.executable, "-c", RUN, str(tmp_path / "killed")], stdout=subprocess.PIPE, text=True)
+        [PYTHON, "-c", RUN, str(tmp_path / "killed")], stdout=subprocess.PIPE, text=True)
     for line in process.stdout:
         if line == "step 7\n": break
     os.kill(process.pid, signal.SIGKILL)
-    process.stdout.close()
+    process.stdout.read()   # until it has ended
     assert process.wait() == -signal.SIGKILL
     rest = run(tmp_path / "killed")
     assert rest[0] not in ("step 0", "weights") and rest[0].startswith("step ")

@@ -11,6 +11,7 @@ import time
 import numpy as np
 import pytest
 import torch
+from conftest import PYTHON
 from safetensors.torch import save_file
 
 import dmin.training
@@ -222,7 +223,7 @@ fit(p, 10, lambda rows: {"x": rows.float()}, lambda b: (p["x"] - b["x"]) ** 2, s
 def test_two_processes_in_one_folder(tmp_path):
     """The second is refused at once; that of a killed process is free again."""
     child = subprocess.Popen(
-        [sys.executable, "-c", CHILD, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [PYTHON, "-c", CHILD, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
     try:
         assert child.stdout.readline() == "step 0\n"
@@ -232,6 +233,7 @@ def test_two_processes_in_one_folder(tmp_path):
         fit_line(folder=tmp_path / "other")
     finally:
         os.kill(child.pid, signal.SIGKILL)
+        child.stdout.read()   # until it has ended
         child.wait()
         child.stdin.close(), child.stdout.close()
     assert fit_line(folder=tmp_path) == fit_line()
@@ -335,7 +337,7 @@ def test_no_room_for_a_file(tmp_path):
     save_trained(small(), tmp_path / "saved", LOG)
     before = content(tmp_path)
     done = subprocess.run(
-        [sys.executable, "-c", FULL, str(tmp_path / "saved")], capture_output=True, text=True, timeout=300)
+        [PYTHON, "-c", FULL, str(tmp_path / "saved")], capture_output=True, text=True, timeout=300)
     assert f"could not write {tmp_path / 'saved'}: " in done.stdout and "too large" in done.stdout, done
     assert content(tmp_path) == before
 
