@@ -52,7 +52,7 @@ def test_weights(store, index, digits, weights):
 def test_weights_of_the_index_are_those_of_the_scores(store, index, digits):
     query, weights = digits.select([5]), np.array([2, -1])
     exact = store.influence(query, weights=weights).top(8)
-    found = index.search(query, 8, ef=8, rerank=True, weights=torch.tensor(weights))
+    found = index.search(query, 8, ef=8, rerank=8, weights=torch.tensor(weights))
     assert torch.equal(found.rows, exact.rows) and torch.allclose(found.scores, exact.scores, atol=1e-5)
 
 
@@ -73,6 +73,8 @@ def test_whole_numbers_of_queries(store, index, digits, value):
         lambda: index.search(query, k=value),
         lambda: index.recall(query, k=value),
         lambda: index.recall(query, 3, ef=value),
+        lambda: store.search(query, value),
+        lambda: store.search(query, batch_size=value),
         lambda: store.influence(query).top(value),
         lambda: store.add(query, batch_size=value),
         lambda: build_index(store, ef_construction=value),

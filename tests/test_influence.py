@@ -1,4 +1,6 @@
 """Scores against brute force, what they must not depend on, and rankings that show themselves."""
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -25,7 +27,7 @@ def store(digits, tmp_path_factory):
         progress=False)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16", "int8"])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "int8", "1bit"])
 @pytest.mark.parametrize("normalise", [True, False])
 def test_exact_against_brute_force(pipe, digits, tmp_path, dtype, normalise):
     store = collect(pipe, digits, tmp_path, v=512, timesteps=3, shard_size=7, dtype=dtype, progress=False)
@@ -151,14 +153,37 @@ def large(tmp_path_factory):
     return store, Gradients(q, torch.ones(20, 2), torch.ones(20, 2))
 
 
-def test_index_finds_the_exact_top_k(large):
+@pytest.mark.parametrize("width", [None, 48])
+def test_index_finds_the_exact_top_k(large, width):
     store, queries = large
-    index = build_index(store, M=16, ef_construction=200, threads=1, progress=False)
+    index = build_index(store, width=width, M=16, ef_construction=200, threads=1, progress=False)
     assert index.recall(queries, k=10) > .98
     assert index.recall(queries, k=10, ef=10) <= index.recall(queries, k=10, ef=300)
     exact = store.influence(queries).top(10)
-    found = index.search(queries, k=10, ef=600, rerank=True)
+    found = index.search(queries, k=10, ef=600, rerank=600)
     assert torch.equal(found.rows, exact.rows) and torch.allclose(found.scores, exact.scores, atol=1e-5)
+
+
+def test_an_index_is_as_large_as_what_it_holds(large):
+    store, queries = large
+    sizes = {}
+    for width in (None, 16, 10**6):
+        index = build_index(store, width=width, progress=False)
+        [graph] = store.folder.glob("index-*.hnsw")
+        sizes[width] = graph.stat().st_size
+    assert sizes[None] - sizes[16] == 600 * 4 * (2 * 64 - 16) and sizes[10**6] == sizes[None]
+    assert index.about["width"] is None   # as wide as the gradients: they are kept as they are
+
+
+def test_an_index_of_before_it_had_a_width(large):
+    from dmin.core.index import _own_checksum
+    store, queries = large
+    wanted = build_index(store, width=None, threads=1, progress=False).search(queries, 5)
+    path = store.folder / "index.json"
+    about = json.loads(path.read_text())
+    del about["width"], about["checksum"]
+    path.write_text(json.dumps(about | {"checksum": _own_checksum(about)}))
+    assert torch.equal(open_index(store).search(queries, 5).rows, wanted.rows)
 
 
 def test_index_is_saved_and_the_same_with_one_thread(large):

@@ -131,7 +131,7 @@ def test_any_damage_is_noticed(store, tmp_path):
     assert path.read_bytes() == whole
 
 
-@pytest.mark.parametrize("dtype, allowed", [("float32", 1e-6), ("float16", 5e-4), ("int8", 2e-2)])
+@pytest.mark.parametrize("dtype, allowed", [("float32", 1e-6), ("float16", 5e-4), ("int8", 2e-2), ("1bit", .8)])
 def test_precision_of_what_is_stored(pipe, digits, tmp_path, dtype, allowed):
     recipe = {**RECIPE, "v": 2048}
     exact = collect(pipe, digits, tmp_path / "exact", **recipe, dtype="float32").vectors()
