@@ -1,18 +1,25 @@
 """Fewer bits a number: what one bit keeps, what it refuses, and that its scores do not depend on how they are computed.
 """
 import math
+import warnings
 
 import numpy as np
 import pytest
 import torch
 from conftest import make_pipeline
 
-from dmin import collect, open_store
+from dmin import collect, make_objective, open_store
 from dmin.core.compression import Compressor, random_signs
 from dmin.core.dtypes import columns, DTYPES, pack, products, rotate, stored_error, unpack
 from dmin.core.gradients import Gradients
 from dmin.core.shards import Manifest
 from dmin.core.store import Store
+from dmin.methods.dmin import DMin
+from dmin.methods.first_order import Gradient
+from dmin.methods.second_order import LiSSA
+from dmin.methods.squared import Removal, SquaredKernels
+from dmin.methods.trak import TRAK
+from dmin.methods.whitened import WhitenedDMin
 
 RECIPE = dict(v=256, timesteps=2, shard_size=7, progress=False)
 
@@ -172,3 +179,17 @@ def test_bytes(tmp_path):
     """A number takes a bit; beside it stand a scale, a norm, a loss and a row number."""
     store, _ = synthetic(tmp_path, n=256, T=10, v=4096, shard_size=256)
     assert store.nbytes() / 256 < 10 * (4096 / 8 + 12) + 8 + 10
+
+
+def test_methods_with_a_kernel_warn_and_dmin_does_not(digits, tmp_path):
+    """Their numbers are computed all the same."""
+    pipe, some = make_pipeline(), digits.select(range(12))
+    loss = collect(pipe, some, tmp_path / "loss", dtype="1bit", **RECIPE)
+    average = collect(make_objective(pipe, output="average"), some, tmp_path / "average", dtype="1bit", **RECIPE)
+    for make in (TRAK, WhitenedDMin, LiSSA, lambda s: Removal(s, average), lambda s: SquaredKernels(average)):
+        with pytest.warns(UserWarning, match="one bit a number.*0.098, not 0.062"): method = make(loss)
+        assert method.scores(some.select([0])).isfinite().all()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert DMin(loss).scores(some).argmax(1).tolist() == list(range(12))
+        assert Gradient(loss).scores(some).isfinite().all()

@@ -34,10 +34,12 @@ def _folding(width: int | None):
 
 def _exact(store, row_lists: torch.Tensor, unit: torch.Tensor) -> torch.Tensor:   # (n_queries, m)
     """The scores of some rows (n_queries, m) for each query (n_queries, T, v)."""
-    dtype = store.manifest.dtype
-    return torch.stack([store.products(r, columns(q[None], dtype)).sum(0)[:, 0] for r, q in zip(row_lists, unit)])
+    of_each, dtype = [], store.manifest.dtype
+    for rows, query in zip(row_lists, unit):
+        of_each.append(store.products(rows, columns(query[None], dtype)).sum(0)[:, 0])
+    return torch.stack(of_each)
 
-
+# %% ../../nbs/core/15_index.ipynb #72287c10
 def _candidates(index: "Index", unit: torch.Tensor, k: int, ef: int, rerank: int) -> tuple:
     """Rows and scores (n_queries, k) of unit query vectors (n_queries, T, v)."""
     n, store = index.about["samples"], index.store
@@ -50,7 +52,7 @@ def _candidates(index: "Index", unit: torch.Tensor, k: int, ef: int, rerank: int
     try: rows, distances = index.graph.knn_query(folded, k=found)
     except RuntimeError as e:
         raise ValueError(
-            f"the index reached fewer than {found} samples with ef={ef}: raise ef, or build it with a larger M"
+            f"the index reached fewer than {found} samples with ef={ef}: raise ef, or build it with more M"
         ) from e
     rows, scores = torch.from_numpy(rows.astype(np.int64)), torch.from_numpy(1 - distances)
     if not rerank: return rows, scores
@@ -77,8 +79,8 @@ class Index:
         queries,                 # a data set, an image or several; or their `Gradients`
         k: int = 10,             # how many
         ef: int = 200,           # candidates kept while searching; more: slower, higher recall
-        rerank: int | None = None,   # order so many of them by their exact scores; None: 100, at least 5 k, of
-                                     # vectors that were compressed once more, and none of whole ones
+        rerank: int | None = None,   # so many of them are ordered by their exact scores; None: 100, at least
+                                     # 5 k, of vectors compressed once more, and none of whole ones
         weights=None,            # (T,) of the timesteps; None: 1 each
     ) -> Ranking:
         """The k most influential samples of each query, nearly always, by normalised gradients.
@@ -124,6 +126,13 @@ def _empty_graph(about: dict):
     return hnswlib.Index(space="ip", dim=about["width"] or about["dimension"])
 
 
+def _new_graph(about: dict):
+    """One that samples can be added to."""
+    graph, links = _empty_graph(about), dict(M=about["M"], ef_construction=about["ef_construction"])
+    graph.init_index(max_elements=about["samples"], random_seed=about["seed"], **links)
+    return graph
+
+
 def _checksum(path: Path) -> str:
     with open(path, "rb") as file: return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -151,6 +160,15 @@ def _save(folder: Path, graph, about: dict) -> None:
         if old.name != path.name: old.unlink(missing_ok=True)
 
 # %% ../../nbs/core/15_index.ipynb #e4c09dac
+def _checked_options(M, ef_construction, seed, width) -> dict:
+    """Of `build_index`. Raises `ValueError` for numbers that make no sense."""
+    return {
+        "M": whole("M", M, 2, 2**12),
+        "ef_construction": whole("ef_construction", ef_construction, most=2**31 - 1),
+        "seed": whole_seed("seed", seed),
+        "width": None if width is None else whole("width", width)}
+
+# %% ../../nbs/core/15_index.ipynb #60604e77
 def build_index(
     store,                         # complete
     width: int | None = 1024,      # numbers that a sample is compressed to once more; None: as they are
@@ -164,15 +182,11 @@ def build_index(
 
     Raises `ValueError` for an incomplete store or numbers that make no sense, `OSError` for a full disk.
     """
-    M, seed = whole("M", M, 2, 2**12), whole_seed("seed", seed)
-    if width is not None: width = whole("width", width)
-    ef_construction = whole("ef_construction", ef_construction, most=2**31 - 1)
-    threads = whole("threads", threads, -1, 2**12)
     store.check_complete()
-    about = _belongs_to(store) | {"M": M, "ef_construction": ef_construction, "seed": seed}
-    about["width"] = None if width is None or width >= about["dimension"] else width
-    graph, fold = _empty_graph(about), _folding(about["width"])
-    graph.init_index(max_elements=len(store), M=M, ef_construction=ef_construction, random_seed=seed)
+    about = _belongs_to(store) | _checked_options(M, ef_construction, seed, width)
+    threads = whole("threads", threads, -1, 2**12)
+    if width is not None and width >= about["dimension"]: about["width"] = None
+    graph, fold = _new_graph(about), _folding(about["width"])
     with bar(total=len(store), desc="indexing", unit="sample", disable=not progress) as shown:
         for shard in store.shards():
             vectors = fold(shard.part().flatten(1)).numpy()

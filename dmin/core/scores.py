@@ -252,7 +252,7 @@ def cosine_parts(store, queries: torch.Tensor) -> Iterator[tuple[Shard, slice, t
             rows = slice(i, i + step)
             yield shard, rows, shard.products(rows, by)
 
-
+# %% ../../nbs/core/14_scores.ipynb #e0eeb0be
 def cosines(store, queries: torch.Tensor) -> torch.Tensor:   # (q, n_train, T) float32
     """Inner products of normalised compressed gradients: `queries` (q, T, v) with all of the store's.
 
@@ -274,7 +274,7 @@ def _best(scores: torch.Tensor, rows: torch.Tensor, k: int) -> tuple[torch.Tenso
     first = scores.argsort(dim=1, descending=True, stable=True)[:, :k]
     return scores.gather(1, first), rows.gather(1, first)
 
-
+# %% ../../nbs/core/14_scores.ipynb #4370ca42
 def best_rows(
     store, g: Gradients, k: int, weights: torch.Tensor | None = None, normalise: bool = True
 ) -> tuple[torch.Tensor, torch.Tensor]:   # (n_queries, k) float32, int64

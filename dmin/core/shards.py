@@ -22,7 +22,8 @@ import torch
 
 from .checks import absolute_folder, one_of, whole, whole_seed
 from .compression import Compressor, make_compressor, NoCompression
-from .dtypes import check_fewer_bits, check_storable, Columns, DTYPES, products, scaled, stored_width, pack, unpack
+from .dtypes import (
+    check_fewer_bits, check_storable, Columns, DTYPES, pack, products, scaled, stored_width, unpack)
 from .files import damaged, locked, read_json, read_tensors, storing, write_atomically, write_tensors
 
 # %% ../../nbs/core/13_shards.ipynb #16e34a1e

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from ..core.checks import finite, one_of
+from ..core.dtypes import warn_of_kernels
 from ..core.gradients import Gradients
 from ..core.objective import Objective
 from ..core.scores import query_vectors
@@ -114,6 +115,7 @@ class DAS(Damped):
         check_stores_fit(loss_store, output_store)
         self.store, self.form, self.leverage = output_store, form, False
         self.name, self.residuals = f"DAS ({form})", das_residuals(loss_store, form)
+        warn_of_kernels(output_store)
         self.kernels = [Kernel(x) for x in das_vectors(output_store, form).unbind(1)]
         self.take_damping(damping)
         self.leverage = form == "formula"   # from here on

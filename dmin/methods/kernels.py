@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 
 from ..core.checks import finite, whole
+from ..core.dtypes import warn_of_kernels
 from ..core.store import Store
 from .first_order import mean_gradients, mean_weights
 
@@ -93,13 +94,14 @@ def _parts(store: Store):   # positions (m,), shard, the part of it that these a
         for k in range(0, len(shard.rows), step):
             yield shard.rows[k:k + step], shard, slice(k, k + step)
 
-
+# %% ../../nbs/methods/02_kernels.ipynb #bc083f53
 def mean_gradient_blocks(
     store: Store,
     weights=None,             # (T,) of the timesteps; None: their mean
     memory: float = MEMORY,   # bytes; rows that take more are read again each time
 ) -> Blocks:
     """The rows of `mean_gradients` (n_train, v). Raises what that raises."""
+    warn_of_kernels(store)
     n, width, w = len(store), store.manifest.width, mean_weights(store, weights)
     if 4 * n * width <= memory: return as_blocks(mean_gradients(store, weights))
 
@@ -111,8 +113,8 @@ def mean_gradient_blocks(
 # %% ../../nbs/methods/02_kernels.ipynb #8637ce32
 def timestep_blocks(store: Store, t: int) -> Blocks:
     """The normalised gradients (n_train, v) at the `t`-th of a store's timesteps, read each time."""
-    T = len(store.manifest.timesteps)
-    t = whole("t", t, 0, T - 1)
+    warn_of_kernels(store)
+    t = whole("t", t, 0, len(store.manifest.timesteps) - 1)
 
     def read():
         for rows, shard, part in _parts(store): yield rows, shard.part(part)[:, t]

@@ -9,6 +9,7 @@ __all__ = ['layers', 'Layered', 'DataInf', 'LiSSA']
 import torch
 
 from ..core.checks import finite, whole
+from ..core.dtypes import warn_of_kernels
 from ..core.scores import Attributor
 from ..core.store import Store
 from .first_order import mean_gradients, mean_query_gradients
@@ -34,6 +35,7 @@ class Layered(Attributor):
     """
     def __init__(self, store: Store, damping: float, weights=None):
         share = finite("damping", damping, above=0)
+        warn_of_kernels(store)
         self.store, self.weights, self._train = store, weights, mean_gradients(store, weights)
         kind = "" if store.manifest.v is None else " (compressed)"
         self.name, self._layers = (self.published + kind).replace(") (", ", "), []

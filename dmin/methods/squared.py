@@ -8,6 +8,7 @@ __all__ = ['SquaredKernels', 'standardised', 'StandardisedMean', 'KernelPart', '
 # %% ../../nbs/methods/09_squared.ipynb #4d057326
 import torch
 
+from ..core.dtypes import warn_of_kernels
 from ..core.gradients import Gradients
 from ..core.scores import query_vectors
 from ..core.store import Store
@@ -83,6 +84,7 @@ def shared_kernels(a: Store, b: Store) -> tuple[list[KernelPart], list[KernelPar
 
     The stores must fit, see `check_stores_fit`.
     """
+    for store in (a, b): warn_of_kernels(store)
     both = [Kernel(rows) for rows in torch.cat([a.vectors(), b.vectors()]).unbind(1)]
     first, second = slice(len(a)), slice(len(a), None)
     return [KernelPart(x, first) for x in both], [KernelPart(x, second) for x in both]

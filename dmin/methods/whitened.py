@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import torch
 
+from ..core.dtypes import warn_of_kernels
 from ..core.gradients import Gradients
 from ..core.scores import query_vectors, Scores
 from ..core.store import asked_gradients, Store
@@ -23,9 +24,10 @@ def timestep_kernels(store: Store) -> list[Kernel]:   # T
     Raises `ValueError` when the store is incomplete.
     """
     store.check_complete()
+    warn_of_kernels(store)
     return [Kernel(rows) for rows in store.vectors().unbind(1)]
 
-
+# %% ../../nbs/methods/07_whitened.ipynb #0efb540e
 def scores_by_timestep(
     kernels: Sequence[Kernel],   # T
     vectors: torch.Tensor,       # (n_queries, T, v)

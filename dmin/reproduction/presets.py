@@ -100,11 +100,13 @@ TRAINING = dict(
 )
 
 # %% ../../nbs/reproduction/02_presets.ipynb #ec57262e
+_POWERS = (2**10, 2**12, 2**14, 2**16)
+
 BENCHMARKS = dict(
     bench_batch=Row(4, 64, 64, "samples a batch, of gradients"),
     bench_rounds=Row(1, 7, 7, "rounds, whose median counts"),
     bench_d=Row(2**20, 50_000_000, 50_000_000, "length of the gradient, of compression"),
-    bits_v=Row((2**8,), (2**10, 2**12, 2**14, 2**16), (2**10, 2**12, 2**14, 2**16), "compressed dimensions, of bits"),
+    bits_v=Row((2**8,), _POWERS, _POWERS, "compressed dimensions, of fewer bits a number"),
     bench_real=Row(16, 500, 500, "digits whose gradients the benchmark of retrieval starts from"),
     bench_n=Row(200, 9288, 9288, "samples in its store"),
     memory_layers=Row(2, 24, 24, "blocks of the SD 3 architecture, of memory"),
