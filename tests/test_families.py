@@ -4,6 +4,8 @@ import pytest
 import torch
 from PIL import Image
 
+from datasets import Dataset
+
 from dmin import collect, finetune, generate, make_objective, register_objective
 from dmin.core.compression import NoCompression
 from dmin.core.gradients import flatten_like_gradient, sample_gradients
@@ -166,6 +168,20 @@ def test_an_offloaded_network_is_refused():
     with pytest.raises(ValueError, match="UNet2DConditionModel are offloaded .*remove_all_hooks"): make_objective(pipe)
     pipe.remove_all_hooks()
     make_objective(pipe)
+
+
+@pytest.mark.parametrize("what", ["text_encoder", "vae"])
+def test_an_encoder_that_is_offloaded_layer_by_layer_is_named(what, tmp_path):
+    from accelerate import cpu_offload
+    pipe = found("StableDiffusionPipeline").tiny()
+    rows = Dataset.from_dict({"image": [Image.new("RGB", (64, 64))], "prompt": ["a rose"]})
+    cpu_offload(getattr(pipe, what), execution_device="cpu")
+    kind = type(getattr(pipe, what)).__name__
+    with pytest.raises(ValueError, match=f"of {kind} is not in memory.*remove_all_hooks"):
+        collect(pipe, rows, tmp_path / "s", v=16, timesteps=1, progress=False)
+    assert not (tmp_path / "s").exists()
+    pipe.remove_all_hooks()
+    collect(pipe, rows, tmp_path / "s", v=16, timesteps=1, progress=False).check_complete()
 
 
 class Clips(ModelObjective):

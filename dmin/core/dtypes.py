@@ -125,8 +125,9 @@ def warn_of_kernels(store) -> None:
     error, usual = math.pi / 2 / math.sqrt(m.v), standard_error(m.v)
     warnings.warn(
         f"{store.folder.name} keeps one bit a number. Products of its rows with one another, which this"
-        f" method needs, err by {error:.3f}, not {usual:.3f}, and squared lengths come out 1.57 times too long: its predictions get worse. Collect with dtype='float16' or"
-        " 'int8' for it; DMin is as good on one bit", stacklevel=4)
+        f" method needs, err by {error:.3f}, not {usual:.3f}, and squared lengths come out 1.57 times too"
+        " long: its predictions get worse. Collect with dtype='float16' or 'int8' for it; DMin is as good on"
+        " one bit", stacklevel=4)
 
 # %% ../../nbs/core/12_dtypes.ipynb #b1bc45fb
 _HIGH, _STEPS = 128, 127 * 128   # a number is high * 128 + low, both in a byte

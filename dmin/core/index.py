@@ -119,7 +119,7 @@ def _belongs_to(store) -> dict:
         "samples": len(store),
         "dimension": len(m.timesteps) * m.width}
 
-
+# %% ../../nbs/core/15_index.ipynb #002f9ee0
 def _empty_graph(about: dict):
     """An hnswlib graph by inner product."""
     import hnswlib

@@ -194,12 +194,21 @@ def _described(objective) -> list:
         list(objective.parameters),
         *([scales] if scales else [])]
 
+# %% ../../nbs/core/09_objective.ipynb #20e0f144
+def _readable(model: nn.Module, name: str, x: torch.Tensor) -> torch.Tensor:
+    """Raises `ValueError` for a tensor that is not there."""
+    if not x.is_meta: return x
+    raise ValueError(
+        f"{name} of {type(model).__name__} is not in memory: its weights are offloaded layer by layer, and"
+        " there only while it computes. pipe.remove_all_hooks() and pipe.to(…) bring them back")
+
 
 def _fingerprint(objective) -> str:
     digest = hashlib.sha256(json.dumps(_described(objective)).encode())
     for model in (objective.model, *objective.encoders()):
         for name, x in sorted(model.state_dict().items()):
             digest.update(f"{name}{tuple(x.shape)}{x.dtype}".encode())
+            x = _readable(model, name, x)
             digest.update(memoryview(x.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()))
     return digest.hexdigest()[:16]
 
