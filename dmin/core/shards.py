@@ -11,7 +11,7 @@ __all__ = ['FORMAT', 'OPEN_SHARDS', 'Manifest', 'differences', 'write_manifest',
 import hashlib
 import json
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
@@ -494,13 +494,17 @@ class ShardFolder:
         """Takes over the manifest that another process of this run has put in place."""
         self._open(verify=False)
 
-    def shards(self) -> Iterator[Shard]:
-        """The shards in the order of their rows."""
-        for name in self._files: yield self._files.open(name)
+    def shards(self, names: Iterable[str] | None = None) -> Iterator[Shard]:
+        """The shards in the order of their rows, or those of some names."""
+        for name in self._files if names is None else names: yield self._files.open(name)
+
+    def shard_sizes(self) -> dict[str, int]:
+        """The bytes of each shard, by name."""
+        return {name: (self.folder / name).stat().st_size for name in self._files}
 
     def nbytes(self) -> int:
         """Size of the shards on disk, in bytes."""
-        return sum((self.folder / name).stat().st_size for name in self._files)
+        return sum(self.shard_sizes().values())
 
     def vectors(self, rows=None) -> torch.Tensor:   # (n, T, v) float32
         """Normalised compressed gradients of some rows, or of all, in memory.
