@@ -28,8 +28,7 @@ def _opened(where: Where) -> ShardFolder: return ShardFolder(where[0], verify=Fa
 def _products(where: Where, names: list[str], queries: torch.Tensor, threads: int) -> list[tuple]:
     """Rows and products (T, m, q) of some shards."""
     torch.set_num_threads(threads)
-    parts = cosine_parts(_opened(where), queries, names)
-    return [(shard.rows[some], products) for shard, some, products in parts]
+    return [(part.rows, part.values) for part in cosine_parts(_opened(where), queries, names)]
 
 
 def _best(where: Where, names: list[str], g: Gradients, k, weights, normalise, threads: int) -> tuple:
