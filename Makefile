@@ -13,6 +13,9 @@ NAME ?= digits
 # notebooks and tests that run at the same time, one thread each
 JOBS ?= 2
 
+# comes with PyTorch's builds for GPUs; beside others it interprets and compiles the kernel of dmin.core.gpu in tests
+TRITON := "triton==3.9.0; sys_platform == 'linux'"
+
 PY := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 export JUPYTER_PREFER_ENV_PATH = 1
@@ -46,6 +49,7 @@ $(INSTALLED): pyproject.toml constraints.txt tests/peers.txt
 	options="$$($(PY) tools/torch_index.py '$(TORCH_INDEX)')" && \
 	  $(PY) -m pip install --progress-bar off $$options -e '.[dev]' -c constraints.txt
 	$(PY) -m pip install --progress-bar off --no-deps -r tests/peers.txt
+	$(PY) -c 'import triton' 2>/dev/null || $(PY) -m pip install --progress-bar off --no-deps $(TRITON)
 	touch $@
 
 quickstart: $(INSTALLED)
