@@ -8,7 +8,8 @@ import pytest
 import torch
 from conftest import make_pipeline
 
-from dmin import collect, make_objective, open_store
+import dmin.core.scores
+from dmin import build_index, collect, make_objective, open_index, open_store
 from dmin.core.compression import Compressor, random_signs
 from dmin.core.dtypes import columns, DTYPES, pack, products, rotate, stored_error, unpack
 from dmin.core.gradients import Gradients
@@ -24,13 +25,14 @@ from dmin.methods.whitened import WhitenedDMin
 RECIPE = dict(v=256, timesteps=2, shard_size=7, progress=False)
 
 
-def synthetic(folder, n=500, T=3, v=64, dtype="1bit", shard_size=64):
+def synthetic(folder, n=500, T=3, v=64, dtype="1bit", shard_size=64, seed=0):
     """A store of random unit vectors, and ten queries."""
-    draw = torch.Generator().manual_seed(0)
+    draw = torch.Generator().manual_seed(seed)
     x = torch.nn.functional.normalize(torch.randn(n, T, v, generator=draw), dim=2)
     norms = 1 + torch.rand(n, T, generator=draw)
     store = Store.create(folder, Manifest(
-        "x", "y", 10**5, list(range(T)), v, dtype=dtype, shard_size=shard_size, sample_ids=list(map(str, range(n)))))
+        "x", "y", 10**5, list(range(T)), v, dtype=dtype, shard_size=shard_size,
+        sample_ids=[f"{seed}-{i}" for i in range(n)]))
     for rows in torch.randperm(n, generator=draw).split(shard_size):   # in no order
         store.write(rows, x[rows] * norms[rows][..., None], norms[rows], norms[rows])
     q = torch.randn(10, T, v, generator=draw)
@@ -97,7 +99,7 @@ def test_a_gradient_with_few_large_entries_is_no_exception():
     assert float(unturned.std()) > 2
 
 
-def test_the_same_score_to_the_bit_in_any_batch_and_with_any_threads(tmp_path):
+def test_the_same_score_to_the_bit_in_any_batch_and_with_any_threads(tmp_path, monkeypatch):
     store, g = synthetic(tmp_path / "a")
     together = store.influence(g).per_timestep
     for q in range(10):
@@ -110,12 +112,47 @@ def test_the_same_score_to_the_bit_in_any_batch_and_with_any_threads(tmp_path):
     finally: torch.set_num_threads(threads)
     other, _ = synthetic(tmp_path / "b", shard_size=11)
     assert torch.equal(other.influence(g).per_timestep, together)
+    for numbers in (1, 7 * 3 * 64, 100 * 3 * 64):   # a part is a row; seven; a hundred, of several shards
+        monkeypatch.setattr(dmin.core.scores, "_SIGNS", numbers)
+        assert torch.equal(other.influence(g).per_timestep, together)
+        assert torch.equal(store.influence(g).per_timestep, together)
+
+
+@pytest.mark.parametrize("numbers", [1, 7 * 3 * 64, 10**7])
+def test_parts_of_a_shard_are_all_of_it(tmp_path, monkeypatch, numbers):
+    store, g = synthetic(tmp_path, dtype="float32")
+    wanted = torch.einsum("qtv,ntv->qnt", (g.compressed / g.norms[..., None]).double(), store.vectors().double())
+    monkeypatch.setattr(dmin.core.scores, "_PART", numbers)
+    assert torch.allclose(store.influence(g).per_timestep.double(), wanted, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_no_rows_and_no_queries(tmp_path, dtype):
+    store, g = synthetic(tmp_path, n=20, dtype=dtype)
+    assert store.vectors([]).shape == (0, 3, 64)
+    none = Gradients(*(x[:0] for x in g))
+    assert store.influence(none).per_timestep.shape == (0, 20, 3) and store.search(none, 4).rows.shape == (0, 4)
+
+
+@pytest.mark.parametrize("width", [None, 64])
+def test_an_index_of_one_bit(tmp_path, width):
+    store, g = synthetic(tmp_path, n=300)
+    index = build_index(store, width=width, threads=1, progress=False)
+    exact = store.search(g, 5)
+    found = index.search(g, 5, ef=300, rerank=300)
+    assert torch.equal(found.rows, exact.rows) and torch.allclose(found.scores, exact.scores, rtol=1e-5)
+
+
+def test_an_index_does_not_rank_by_what_is_missing(tmp_path):
+    store, g = synthetic(tmp_path, n=300)
+    build_index(store, progress=False, width=64)
+    next(store.folder.glob("shard-*")).unlink()
+    with pytest.raises(ValueError, match="is the first that is missing"): open_index(Store(store.folder)).search(g, 5)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("normalise", [True, False])
 def test_search_finds_what_influence_ranks_first(tmp_path, dtype, normalise, monkeypatch):
-    import dmin.core.scores
     store, g = synthetic(tmp_path, dtype=dtype)
     weights = [1, -.5, 2]
     wanted = store.influence(g, normalise=normalise, weights=weights).top(20)
@@ -126,7 +163,6 @@ def test_search_finds_what_influence_ranks_first(tmp_path, dtype, normalise, mon
 
 
 def test_search_keeps_the_samples_order_where_scores_are_equal(tmp_path, monkeypatch):
-    import dmin.core.scores
     store = Store.create(tmp_path, Manifest("x", "y", 10**5, [0], 8, sample_ids=list(map(str, range(40)))))
     for rows in torch.arange(40).flip(0).split(3):
         store.write(rows, torch.ones(len(rows), 1, 8), torch.ones(len(rows), 1), torch.ones(len(rows), 1))
@@ -153,6 +189,17 @@ def test_a_copy_of_fewer_bits_is_what_collecting_makes(digits, tmp_path):
         assert torch.equal(copy.influence(some).values, collected.influence(some).values)   # it knows the pipeline
     again = open_store(tmp_path / "copy-1bit", pipe, some)
     assert again.manifest.dtype == "1bit" and again.missing() == []
+
+
+def test_a_copy_that_is_interrupted_is_not_in_the_way(tmp_path, monkeypatch):
+    store, g = synthetic(tmp_path / "a", dtype="float16")
+    (store.folder / "columns.json").write_text("as it was noted")
+    def interrupted(*_): raise KeyboardInterrupt
+    with monkeypatch.context() as m:
+        m.setattr(dmin.core.shards, "pack", interrupted)
+        with pytest.raises(KeyboardInterrupt): store.copy_as(tmp_path / "b", "1bit")
+    copy = store.copy_as(tmp_path / "b", "1bit")
+    assert (copy.folder / "columns.json").read_text() == "as it was noted"
 
 
 def test_a_copy_keeps_what_was_there(tmp_path, digits):

@@ -96,13 +96,13 @@ def ended(work, arguments: list[str]) -> int:
     code = 0
     try:
         work(arguments)
-        threading._shutdown()   # waits for threads
     except SystemExit as e:
         code = e.code if isinstance(e.code, int) else int(e.code is not None)
         if code and not isinstance(e.code, int): print(e.code, file=sys.stderr)
     except BaseException:
         traceback.print_exc()
         code = 1
+    threading._shutdown()   # waits for threads
     atexit._run_exitfuncs()
     return code
 
@@ -132,19 +132,24 @@ def be_python(arguments: list[str]) -> None:
 
 # the server
 
-def fork(connection: socket.socket, listener: socket.socket) -> int:
-    """A process for one request; returns its number."""
+def fork(connection: socket.socket, listener: socket.socket) -> int | None:
+    """A process for one request; returns its number, None where the client is gone before it has asked."""
     data, files, _, _ = socket.recv_fds(connection, 2**20, 3)
-    while not data.endswith(b"\n"): data += connection.recv(2**20)
+    while data and not data.endswith(b"\n"): data += connection.recv(2**20) or b"\n"
+    if not data.endswith(b"}\n"):
+        for file in files: os.close(file)
+        return None
     process = os.fork()
     if process == 0:
         try:
             connection.close()
             listener.close()
             become(json.loads(data), files)
-        finally: os._exit(1)   # where it could not even begin
+        except BaseException: traceback.print_exc()   # it could not even begin
+        finally: os._exit(1)
     for file in files: os.close(file)
-    connection.sendall(f"{process}\n".encode())
+    try: connection.sendall(f"{process}\n".encode())
+    except OSError: pass   # the client was killed: its end is read next, and ends the process
     return process
 
 
@@ -156,8 +161,10 @@ def serve(listener: socket.socket, command: subprocess.Popen) -> int:
         for key, _ in events.select(timeout=.02):
             if key.fileobj is listener:
                 client = listener.accept()[0]
-                clients[fork(client, listener)] = client
-                events.register(client, selectors.EVENT_READ)
+                if (process := fork(client, listener)) is None: client.close()
+                else:
+                    clients[process] = client
+                    events.register(client, selectors.EVENT_READ)
             else:   # a client says no more: it was killed
                 events.unregister(key.fileobj)
                 for process, client in clients.items():

@@ -15,14 +15,21 @@ import torch
 from .gradients import Gradients
 from .runtime import bar
 from .scores import best_of_all, best_rows, cosine_parts
-from .shards import read_manifest, ShardFolder
+from .shards import ids_digest, Manifest, read_manifest, ShardFolder
 
 # %% ../../nbs/core/16_cluster.ipynb #2c469909
-Where = tuple[str, str, int]   # a store's folder, its manifest's fingerprint, and how many samples it has
+Where = tuple[str, str, str]   # a store's folder, its recipe's fingerprint, and its samples' digest
+
+
+def _where(folder: Path, manifest: Manifest) -> Where:
+    return str(folder), manifest.fingerprint(), ids_digest(manifest.sample_ids)
 
 
 @lru_cache(4)
-def _opened(where: Where) -> ShardFolder: return ShardFolder(where[0], verify=False)
+def _opened(where: Where) -> ShardFolder:
+    store = ShardFolder(where[0], verify=False)
+    if _where(store.folder, store.manifest) == where: return store
+    raise ValueError(f"a worker sees another store in {where[0]} than the one that is asked")
 
 
 def _products(where: Where, names: list[str], queries: torch.Tensor, threads: int) -> list[tuple]:
@@ -52,11 +59,10 @@ def _trouble(where: Where, versions: dict[str, str]) -> str:
     """What keeps a worker from its work; empty: nothing."""
     for name, mine in _versions().items():
         if mine != versions[name]: return f"has {name} {mine}, and here it is {versions[name]}"
-    folder, fingerprint, n = where
-    try: manifest = read_manifest(Path(folder))
+    folder = Path(where[0])
+    try: manifest = read_manifest(folder)
     except (OSError, ValueError) as e: return f"cannot read the store: {e}"
-    same = manifest.fingerprint() == fingerprint and len(manifest.sample_ids) == n
-    return "" if same else f"sees another store in {folder}"
+    return "" if _where(folder, manifest) == where else f"sees another store in {folder}"
 
 # %% ../../nbs/core/16_cluster.ipynb #fb4b1eae
 def _check_client(client) -> None:
@@ -64,9 +70,9 @@ def _check_client(client) -> None:
     try: from distributed import Client
     except ImportError as e:
         raise ImportError("client= needs dask.distributed: pip install 'dmin[cluster]'") from e
-    if not isinstance(client, Client):
-        raise TypeError(f"client={client!r}: a dask.distributed.Client is needed, such as"
-                        " Client('tcp://…:8786')")
+    if not isinstance(client, Client) or client.asynchronous:
+        raise TypeError(f"client={client!r}: a dask.distributed.Client is needed that waits for answers, such"
+                        " as Client('tcp://…:8786')")
 
 # %% ../../nbs/core/16_cluster.ipynb #43ab7491
 def check_workers(store: ShardFolder, client) -> Where:
@@ -76,7 +82,7 @@ def check_workers(store: ShardFolder, client) -> Where:
     naming it; and what `_check_client` raises.
     """
     _check_client(client)
-    where = str(store.folder), store.manifest.fingerprint(), len(store)
+    where = _where(store.folder, store.manifest)
     found = client.run(_trouble, where, _versions())
     if not found:
         raise ValueError(f"the cluster at {client.scheduler.address} has no workers: start some, or wait for"
@@ -106,8 +112,8 @@ def _answers(store: ShardFolder, client, work, *arguments):
     store.check_complete()
     where, shares = check_workers(store, client), _shares(store)
     from distributed import as_completed
-    sent = [client.scatter(x, broadcast=True, hash=False) if isinstance(x, (torch.Tensor, Gradients)) else x
-            for x in arguments]
+    large = [isinstance(x, (torch.Tensor, Gradients)) for x in arguments]
+    sent = [client.scatter([x], broadcast=True, hash=False)[0] if y else x for x, y in zip(arguments, large)]
     threads, options = torch.get_num_threads(), dict(unit="share", delay=2)
     work = [client.submit(work, where, names, *sent, threads, pure=False) for names in shares]
     try:

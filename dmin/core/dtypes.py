@@ -71,7 +71,7 @@ def _turn(x: torch.Tensor) -> torch.Tensor:   # (m, v) float32, in place
     """The Walsh-Hadamard transform, which keeps lengths, by sums and differences: equal in any batch."""
     v, h = x.shape[1], 1
     while h < v:
-        a, b = x.view(len(x), -1, 2, h).unbind(2)
+        a, b = x.view(len(x), v // (2 * h), 2, h).unbind(2)
         a, b = a + b, a - b
         x = torch.stack([a, b], 2).view(len(x), v)
         h *= 2
@@ -126,8 +126,8 @@ def warn_of_kernels(store) -> None:
     warnings.warn(
         f"{store.folder.name} keeps one bit a number. Products of its rows with one another, which this"
         f" method needs, err by {error:.3f}, not {usual:.3f}, and squared lengths come out 1.57 times too"
-        " long: its predictions get worse. Collect with dtype='float16' or 'int8' for it; DMin is as good on"
-        " one bit", stacklevel=4)
+        " long: its predictions get worse. Collect with dtype='float16' for it; DMin is as good on one bit",
+        stacklevel=4)
 
 # %% ../../nbs/core/12_dtypes.ipynb #b1bc45fb
 _HIGH, _STEPS = 128, 127 * 128   # a number is high * 128 + low, both in a byte

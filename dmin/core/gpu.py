@@ -68,6 +68,7 @@ def add_piece(total: torch.Tensor, piece: torch.Tensor, start: int, places) -> N
     each = triton.cdiv(blocks, parts)
     out = piece.new_empty(n, parts, v)
     low = _on_device(tuple(places.low), piece.device)
-    _add[(n, parts, columns)](
-        out, piece, low, start, length, v, places.m, places.sign_seed, places.high_seed, each, BLOCK=_BLOCK)
-    total[:, :v] += out.sum(1)
+    numbers = start, length, v, places.m, places.sign_seed, places.high_seed, each
+    with torch.cuda.device_of(piece):   # else it would be launched on the current device, whichever that is
+        _add[(n, parts, columns)](out, piece, low, *numbers, BLOCK=_BLOCK)
+    total[:, :v].add_(out.sum(1))   # not +=, which would also copy it onto itself

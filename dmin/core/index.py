@@ -171,12 +171,12 @@ def _checked_options(M, ef_construction, seed, width) -> dict:
 # %% ../../nbs/core/15_index.ipynb #60604e77
 def build_index(
     store,                         # complete
-    width: int | None = 1024,      # numbers that a sample is compressed to once more; None: as they are
     M: int = 16,                   # links a sample; more: larger, higher recall
     ef_construction: int = 200,    # candidates considered for links; more: slower to build, higher recall
     seed: int = 0,
     threads: int = -1,             # 1: the same graph every time; -1: all cores
     progress: bool = True,         # show a bar
+    width: int | None = 1024,      # numbers that a sample is compressed to once more; None: as they are
 ) -> Index:
     """Builds the index and saves it in the store's folder: `index.json`, and the graph that it names.
 

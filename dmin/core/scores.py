@@ -238,6 +238,7 @@ def averaged(parts: Sequence[Scores]) -> Scores:
 # %% ../../nbs/core/14_scores.ipynb #5006e4a8
 # stored numbers turned into float32 at a time: 4 MB, which stays in the cache until it is used
 _PART, _SIGNS = 2**20, 2**24   # signs become bytes, one timestep at a time
+_MERGED = 2**14   # samples whose scores are held at a time, where not all are
 
 
 def _cut(shard: Shard, some: slice) -> Shard:
@@ -278,7 +279,7 @@ def cosine_parts(
     store.check_complete()
     dtype, (T, v) = store.manifest.dtype, queries.shape[1:]
     by, bits = columns(queries, dtype), dtype == "1bit"
-    most = max(1, (_SIGNS if bits else _PART) // (T * v))
+    most = max(1, min(_MERGED, (_SIGNS if bits else _PART) // (T * v)))
     for part in _parts(store.shards(shards), most, most if bits else 1):
         yield CosinePart(part.rows, part.norms, part.products(slice(None), by))
 
@@ -294,9 +295,6 @@ def cosines(store, queries: torch.Tensor) -> torch.Tensor:   # (q, n_train, T) f
     return found.permute(2, 1, 0)
 
 # %% ../../nbs/core/14_scores.ipynb #a4548ffd
-_MERGED = 2**14   # samples whose scores are held at a time
-
-
 def best_of_all(scores: torch.Tensor, rows: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The k highest of each line, (q, k) scores and rows; equal ones in the order of their rows."""
     by_row = rows.argsort(dim=1, stable=True)

@@ -10,6 +10,7 @@ __all__ = ['FORMAT', 'OPEN_SHARDS', 'Manifest', 'differences', 'write_manifest',
 # %% ../../nbs/core/13_shards.ipynb #3ac4e6d1
 import hashlib
 import json
+import shutil
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -516,7 +517,11 @@ class ShardFolder:
         return unpack(*gather(self._files, rows))
 
     def products(self, rows: torch.Tensor, by: Columns) -> torch.Tensor:   # (T, m, q) float32
-        """Inner products of stored rows (m,) int64 with queries, see `dmin.core.dtypes.columns`."""
+        """Inner products of rows (m,) int64 with queries, see `dmin.core.dtypes.columns`.
+
+        Raises `ValueError` when one is missing.
+        """
+        if not self._files.present()[rows].all(): self.check_complete()
         return products(*gather(self._files, rows), by)
 
     def per_sample(self, what: str) -> torch.Tensor:   # (n_train, T)
@@ -550,10 +555,15 @@ class ShardFolder:
         one_of("dtype", dtype, DTYPES)
         check_fewer_bits(dtype, self.manifest.dtype)
         copy = type(self).create(folder, replace(self.manifest, dtype=dtype))
-        for shard in self.shards():
-            stored = pack(shard.part(), dtype)
-            beside = {name: getattr(shard, name).clone() for name in ("rows", "norms", "losses")}
-            copy._files.add(beside | stored)
+        try:
+            for shard in self.shards():
+                beside = {name: getattr(shard, name).clone() for name in ("rows", "norms", "losses")}
+                copy._files.add(beside | pack(shard.part(), dtype))
+            noted = self.folder / "columns.json"
+            if noted.exists(): shutil.copy(noted, copy.folder)
+        except BaseException:   # half a copy would be in the way of the next
+            shutil.rmtree(copy.folder)
+            raise
         return copy
 
     def restart(self, manifest: Manifest) -> bool:

@@ -301,7 +301,6 @@ class Store(ShardFolder):
         """
         copy = super().copy_as(folder, dtype)
         copy._objective, copy.samples = self._objective, self.samples
-        if self.samples is not None: _note_columns(copy, self.samples)
         return copy
 
     def build_index(self, **options) -> Index:
