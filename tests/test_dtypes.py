@@ -194,10 +194,18 @@ def test_a_copy_of_fewer_bits_is_what_collecting_makes(digits, tmp_path):
 def test_a_copy_that_is_interrupted_is_not_in_the_way(tmp_path, monkeypatch):
     store, g = synthetic(tmp_path / "a", dtype="float16")
     (store.folder / "columns.json").write_text("as it was noted")
-    def interrupted(*_): raise KeyboardInterrupt
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / ".notes").write_text("of the user")
+    written = []
+
+    def interrupted(*arguments):   # at the third shard
+        written.append(arguments)
+        if len(written) == 3: raise KeyboardInterrupt
+        return pack(*arguments)
     with monkeypatch.context() as m:
         m.setattr(dmin.core.shards, "pack", interrupted)
         with pytest.raises(KeyboardInterrupt): store.copy_as(tmp_path / "b", "1bit")
+    assert [p.name for p in (tmp_path / "b").iterdir() if p.suffix != ".lock"] == [".notes"]
     copy = store.copy_as(tmp_path / "b", "1bit")
     assert (copy.folder / "columns.json").read_text() == "as it was noted"
 

@@ -39,7 +39,7 @@ LONG = {
     "PerSampleGradients": 62,
     "Manifest": 30,
     "ShardFiles": 48,
-    "ShardFolder": 161,
+    "ShardFolder": 162,
     "Store": 148,
     "Ranking": 47,
     "Scores": 54,

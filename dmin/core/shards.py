@@ -561,8 +561,9 @@ class ShardFolder:
                 copy._files.add(beside | pack(shard.part(), dtype))
             noted = self.folder / "columns.json"
             if noted.exists(): shutil.copy(noted, copy.folder)
-        except BaseException:   # half a copy would be in the way of the next
-            shutil.rmtree(copy.folder)
+        except BaseException:   # half a copy would be in the way of the next; what else is there stays
+            written = "manifest.json", "columns.json", *copy._files
+            for name in written: (copy.folder / name).unlink(missing_ok=True)
             raise
         return copy
 
