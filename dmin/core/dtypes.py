@@ -67,7 +67,7 @@ _ROTATION = 0x1b17   # the seed of its signs
 _AT_A_TIME = 2**18   # numbers, 1 MB, which stay in the cache while they are turned
 
 
-def _turn(x: torch.Tensor) -> torch.Tensor:   # (m, v) float32, in place
+def _turn(x: torch.Tensor) -> torch.Tensor:   # (m, v) float32
     """The Walsh-Hadamard transform, which keeps lengths, by sums and differences: equal in any batch."""
     v, h = x.shape[1], 1
     while h < v:
