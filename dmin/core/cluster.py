@@ -27,7 +27,7 @@ def _where(folder: Path, manifest: Manifest) -> Where:
 
 @lru_cache(4)
 def _opened(where: Where) -> ShardFolder:
-    store = ShardFolder(where[0], verify=False)
+    store = ShardFolder(where[0])
     if _where(store.folder, store.manifest) == where: return store
     raise ValueError(f"a worker sees another store in {where[0]} than the one that is asked")
 

@@ -68,9 +68,13 @@ def fill(store: ShardFolder, objective: Objective, samples, batch_size: int, pro
             store.write(rows, *compute(store, objective, samples, rows, batch_size, verify=i == 0)[:3])
             shown.update(len(rows))
     processes.wait_for_everyone()
-    # again: those of a process that was killed just before were too young
-    if rank == 0: remove_leftovers(store.folder)
-    if n > 1: store.refresh()
+    if rank == 0:
+        # again: those of a process that was killed just before were too young
+        remove_leftovers(store.folder)
+        store.refresh()   # what the other processes have written
+        store.merge_shards()
+    processes.wait_for_everyone()
+    if n > 1: store.reread()
 
 # %% ../../nbs/core/17_store.ipynb #1e75c127
 def _class_number(x, i: int, column: str, kind) -> int | None:
