@@ -336,7 +336,7 @@ def test_two_processes_equal_one(saved, tmp_path):
     finish(start(saved, tmp_path / "one", 1))
     said = finish(start(saved, tmp_path / "two", 2))
     assert "process 0 of 2" in said and "process 1 of 2" in said
-    assert bytes_of(tmp_path / "one") == bytes_of(tmp_path / "two") and len(bytes_of(tmp_path / "one")) == 12
+    assert bytes_of(tmp_path / "one") == bytes_of(tmp_path / "two") and len(bytes_of(tmp_path / "one")) == 13
 
 
 def test_notebook_launcher(saved, tmp_path):

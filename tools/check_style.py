@@ -36,6 +36,7 @@ LONG = {
     "FlowObjective": 44,
     "DiTObjective": 29,
     "Sink": 34,
+    "Ranks": 62,
     "PerSampleGradients": 62,
     "Manifest": 31,
     "ShardFiles": 81,

@@ -26,22 +26,25 @@ def _where(folder: Path, manifest: Manifest) -> Where:
 
 
 @lru_cache(4)
-def _opened(where: Where) -> ShardFolder:
+def _opened(where: Where, files: str) -> ShardFolder:
+    """The store; `files` says which shards it has, as they may be merged while a worker lives."""
     store = ShardFolder(where[0])
     if _where(store.folder, store.manifest) == where: return store
     raise ValueError(f"a worker sees another store in {where[0]} than the one that is asked")
 
-
-def _products(where: Where, names: list[str], queries: torch.Tensor, threads: int) -> list[tuple]:
+# %% ../../nbs/core/16_cluster.ipynb #a32e8475
+def _products(where: Where, files: str, names: list[str], queries: torch.Tensor, threads: int) -> list[tuple]:
     """Rows and products (T, m, q) of some shards."""
     torch.set_num_threads(threads)
-    return [(part.rows, part.values) for part in cosine_parts(_opened(where), queries, names)]
+    return [(part.rows, part.values) for part in cosine_parts(_opened(where, files), queries, names)]
 
 
-def _best(where: Where, names: list[str], g: Gradients, k, weights, normalise, threads: int) -> tuple:
+def _best(
+    where: Where, files: str, names: list[str], g: Gradients, k, weights, normalise, threads: int
+) -> tuple:
     """The first k of some shards."""
     torch.set_num_threads(threads)
-    return best_rows(_opened(where), g, k, weights, normalise, names)
+    return best_rows(_opened(where, files), g, k, weights, normalise, names)
 
 # %% ../../nbs/core/16_cluster.ipynb #89565cc6
 _ALIKE = ("dmin", "torch", "distributed", "dask")   # versions that client and workers must share
@@ -111,11 +114,12 @@ def _answers(store: ShardFolder, client, work, *arguments):
     """What workers make of each share, as it comes. `arguments` follow where the store is and the shards."""
     store.check_complete()
     where, shares = check_workers(store, client), _shares(store)
+    files = ids_digest([f"{name} {size}" for name, size in store.shard_sizes().items()])
     from distributed import as_completed
     large = [isinstance(x, (torch.Tensor, Gradients)) for x in arguments]
     sent = [client.scatter([x], broadcast=True, hash=False)[0] if y else x for x, y in zip(arguments, large)]
     threads, options = torch.get_num_threads(), dict(unit="share", delay=2)
-    work = [client.submit(work, where, names, *sent, threads, pure=False) for names in shares]
+    work = [client.submit(work, where, files, names, *sent, threads, pure=False) for names in shares]
     try:
         answers = as_completed(work, with_results=True)
         for _, answer in bar(answers, "asking workers", total=len(work), **options):

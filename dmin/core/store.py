@@ -23,6 +23,7 @@ from .images import as_samples, column_digests, sample_ids
 from .index import build_index, Index, open_index
 from .objective import Objective
 from .regions import fade_outside, one_region_each
+from .ranks import Ranks
 from .registry import make_objective
 from .runtime import bar, launched_processes
 from .scores import best_rows, cosines, query_vectors, Ranking, Scores
@@ -50,6 +51,20 @@ def _whole_shards(store: ShardFolder) -> list[list[int]]:
     for row in store.missing(): shards.setdefault(row // store.manifest.shard_size, []).append(row)
     return list(shards.values())
 
+# %% ../../nbs/core/17_store.ipynb #cc3ef276
+def _finish(store: ShardFolder, ranks: Ranks, processes) -> None:
+    """Waits for the other processes' shares; the first cleans up, and makes few shards of many."""
+    ranks.wait()
+    processes.wait_for_everyone()
+    if ranks.rank == 0:
+        # again: those of a process that was killed just before were too young
+        remove_leftovers(store.folder)
+        store.refresh()   # what the other processes have written
+        store.merge_shards()
+        ranks.forget()
+    processes.wait_for_everyone()
+    if ranks.n > 1: store.reread()
+
 # %% ../../nbs/core/17_store.ipynb #1364df7b
 def fill(store: ShardFolder, objective: Objective, samples, batch_size: int, progress: bool) -> None:
     """Computes and writes what is missing, shard by shard; the first batch is checked against autograd.
@@ -60,21 +75,17 @@ def fill(store: ShardFolder, objective: Objective, samples, batch_size: int, pro
     rank, n = processes.process_index, processes.num_processes
     if rank == 0: remove_leftovers(store.folder)
     processes.wait_for_everyone()
-    mine = _whole_shards(store)[rank::n]
+    mine, ranks = _whole_shards(store)[rank::n], Ranks(store.folder, processes)
+    ranks.tell(0, len(mine))
+    processes.wait_for_everyone()   # so that nobody reads what another run has told
     about, hidden = f" ({n} processes, share of the first)" * (n > 1), not (progress and mine) or rank > 0
     total = sum(map(len, mine))
     with bar(total=total, desc="collecting gradients" + about, unit="sample", disable=hidden) as shown:
         for i, rows in enumerate(mine):
             store.write(rows, *compute(store, objective, samples, rows, batch_size, verify=i == 0)[:3])
             shown.update(len(rows))
-    processes.wait_for_everyone()
-    if rank == 0:
-        # again: those of a process that was killed just before were too young
-        remove_leftovers(store.folder)
-        store.refresh()   # what the other processes have written
-        store.merge_shards()
-    processes.wait_for_everyone()
-    if n > 1: store.reread()
+            ranks.tell(i + 1, len(mine))
+    _finish(store, ranks, processes)
 
 # %% ../../nbs/core/17_store.ipynb #1e75c127
 def _class_number(x, i: int, column: str, kind) -> int | None:
