@@ -1,11 +1,14 @@
 """The compression kernel for GPUs, without one: interpreted on a processor, and compiled for two kinds of GPU."""
+import json
 import os
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
+from conftest import PYTHON
 
 from dmin.core.compression import _holds, _kernel, add_plainly
 
@@ -116,3 +119,24 @@ def test_where_it_fails_the_plain_operations_are_used():
         warnings.simplefilter("error")
         assert _kernel(torch.device("cuda")) is None
     assert _kernel(torch.device("cpu")) is None
+
+
+def gpu_tool(*options):
+    tool = Path(__file__).parents[1] / "tools" / "gpu.py"
+    return subprocess.run([PYTHON, str(tool), *options], capture_output=True, text=True, timeout=600)
+
+
+def test_the_tool_for_machines_with_a_gpu(tmp_path):
+    """The same lines with a small network on the processor, where everything must agree."""
+    run = gpu_tool("--tiny", "--device", "cpu", "--output", str(tmp_path / "gpu.json"))
+    assert run.returncode == 0, run.stderr[-3000:]
+    found = json.loads((tmp_path / "gpu.json").read_text())
+    assert set(found["checks"]["gradients"].values()) == set(found["checks"]["compressor"].values()) == {0.}
+    measured = found["measured"]["SD 3 Medium (Full)"]
+    assert measured["parameters"] > 10**6 and measured["paper_hours"] == 330 and measured["ratio"] > 0
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_the_tool_says_that_there_is_no_gpu():
+    run = gpu_tool()
+    assert run.returncode == 2 and "there is no GPU" in run.stderr and "--tiny --device cpu" in run.stderr
