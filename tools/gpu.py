@@ -21,7 +21,7 @@ from dmin.core.runtime import machine
 from dmin.measures.timing import medians, time_in_turn
 from dmin.reproduction.architectures import Architecture, ARCHITECTURES
 
-# of 9,288 samples. Source: DMin, Table 3
+# of 9,288 samples, in GPU-hours. Source: DMin, section 4, "Time"
 PAPER_HOURS = {"SD 1.4 (LoRA)": 8, "SD 3 Medium (LoRA)": 24, "SD 3 Medium (Full)": 330}
 MEASURED = {   # network, and samples a batch
     "SD 1.4 (LoRA)": (ARCHITECTURES["SD 1.4 (LoRA)"], 8),
