@@ -149,12 +149,15 @@ def _apply_rule(call: _Call, grads: list[torch.Tensor], sink: Sink) -> None:
     _generic(call, grads, sink)
 
 # %% ../../nbs/core/11_gradients.ipynb #05489495
-_PART = 2**20   # elements of per-sample gradients formed at a time: 4 MB, which a processor's cache holds
+# elements of per-sample gradients formed at a time: 4 MB, which a processor's cache holds, and 1 GB on a
+# GPU, where a part costs its launches and no cache holds one anyway
+_PART, _PART_ON_GPU = 2**20, 2**28
 
 
-def _parts(n, size):
-    """Samples 0 to n in runs (first, end) whose gradients of `size` elements each make up a part."""
-    step = max(1, min(n, _PART // max(1, size)))
+def _parts(x, size):
+    """The samples of x in runs (first, end) whose gradients of `size` elements each make up a part."""
+    n, most = len(x), _PART if x.device.type == "cpu" else _PART_ON_GPU
+    step = max(1, min(n, most // max(1, size)))
     return [(i, min(n, i + step)) for i in range(0, n, step)]
 
 
@@ -162,7 +165,7 @@ def _linear(layer, x, grad, sink):
     x, grad = x.flatten(1, -2), grad.flatten(1, -2)
     if sink.wants(layer.bias): sink.add(layer.bias, grad.sum(1))
     if not sink.wants(layer.weight): return
-    for i, j in _parts(len(x), layer.weight.numel()):
+    for i, j in _parts(x, layer.weight.numel()):
         product = sink.buffer("product", j - i, *layer.weight.shape, like=grad)
         sink.add(layer.weight, torch.bmm(grad[i:j].transpose(1, 2), x[i:j], out=product).flatten(1), i)
 
@@ -179,7 +182,7 @@ def _conv2d(layer, x, grad, sink):
     elif layer.kernel_size == (1, 1) and layer.padding == (0, 0): rule = _conv2d_pointwise
     else: rule = _conv2d_shifted
     out, channels = layer.weight.shape[:2]
-    for i, j in _parts(len(x), out * channels): rule(layer, x[i:j], grad[i:j], sink, i)
+    for i, j in _parts(x, out * channels): rule(layer, x[i:j], grad[i:j], sink, i)
 
 
 RULES[nn.Conv2d] = _conv2d
@@ -269,7 +272,7 @@ def _generic(call: _Call, grads, sink):
         return [outputs[i] for i in call.places]
 
     gs = [g.unflatten(0, (sink.n, -1)) for g in grads]
-    for i, j in _parts(sink.n, sum(p.numel() for p in named.values())):
+    for i, j in _parts(gs[0], sum(p.numel() for p in named.values())):
         with torch.enable_grad():
             gradients = _of_each(forward, named, [x[i:j] for x in per_sample], [g[i:j] for g in gs])
         for name, p in named.items(): sink.add(p, flatten_like_gradient(gradients[name], 1).detach(), i)
