@@ -136,6 +136,12 @@ def test_packing_again_keeps_what_is_there_and_what_came_later(built):
     assert (again(built).outputs(later) - new).abs().max() <= bound
 
 
+def test_packing_what_is_packed_changes_nothing(built):
+    path = built.pack()
+    before = path.read_bytes()
+    assert again(built).pack() == path and path.read_bytes() == before
+
+
 def test_outputs_that_differ_too_much_for_half_precision_stay_whole(tmp_path):
     def far_apart(rows, seed): return {"losses": torch.tensor([float(rows.sum()) * 1e6])}
     built = Retrained(tmp_path / "x", {}).build(MASKS, far_apart, progress=False)

@@ -97,6 +97,7 @@ class _Files:
         return tensors
 
     def pack(self, target: Path) -> None:
+        if self.opened == {target}: return   # packed again, each number would be rounded again
         write_tensors(target, _as_differences(self.read(sorted(self.where))))
         for path in self.opened - {target}: path.unlink()
         self.opened, self.where = set(), {}
