@@ -52,7 +52,7 @@ LONG = {
     "Curvature": 36,
     "KFAC": 45,
     "Retrained": 66,
-    "_Files": 28,
+    "_Files": 29,
     "DigitClassifier": 42,
     "RetrainingBenchmark": 77,
     "KeptScores": 48,
