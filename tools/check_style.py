@@ -3,7 +3,7 @@ without one, all of them.
 
 Lines of at most 110 columns; export cells of at most 25 lines; nothing with `_` imported from another module;
 no method attached from outside its class; `raise` on a line of its own; nothing on standard error in
-committed outputs. The paper's notebooks are only checked for what they import, attach and print.
+committed outputs.
 """
 import ast
 import json
@@ -132,23 +132,21 @@ def crowded_raises(tree: ast.Module) -> list[str]:
 
 def faults(path: Path) -> list[str]:
     """What is wrong with a notebook, cell by cell."""
-    paper, found = "paper" in path.parts, []
+    found = []
     for i, cell in enumerate(json.loads(path.read_text(encoding="utf-8"))["cells"]):
-        source, here = "".join(cell["source"]), []
-        if not paper: here += long_lines(source)
+        source = "".join(cell["source"])
+        here = long_lines(source)
         if cell["cell_type"] == "code":
             tree = code_of(source)
-            if tree is not None: here += code_faults(tree, source, paper)
+            if tree is not None: here += code_faults(tree, source)
             here += ["its output has standard error"] * any(
                 o.get("name") == "stderr" for o in cell["outputs"])
         found += [f"cell {i}: {what}" for what in here]
     return found
 
 
-def code_faults(tree: ast.Module, source: str, paper: bool) -> list[str]:
-    found = private_imports(tree) + attached(tree)
-    if paper: return found
-    found += crowded_raises(tree)
+def code_faults(tree: ast.Module, source: str) -> list[str]:
+    found = private_imports(tree) + attached(tree) + crowded_raises(tree)
     lines = len([x for x in source.strip().split("\n") if not x.startswith("#|")])
     imports = all(isinstance(n, (ast.Import, ast.ImportFrom)) for n in tree.body)
     if "#| export" in source and not imports and lines > LONG.get(first_name(tree), LINES):
