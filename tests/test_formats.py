@@ -71,6 +71,14 @@ def test_ids_are_appended(tmp_path):
     assert len((store.folder / "manifest.json").read_text()) < 600
 
 
+def test_ids_of_a_process_that_was_killed_are_in_nobodys_way(tmp_path, monkeypatch):
+    killed_at(monkeypatch, dmin.core.shards, "_write_recipe", 0)
+    with pytest.raises(Killed): synthetic(tmp_path / "s")
+    monkeypatch.undo()
+    assert [p.name for p in (tmp_path / "s").iterdir() if p.name != ".lock"] == ["samples.txt"]
+    assert synthetic(tmp_path / "s", 8).missing() == [] and len(Store(tmp_path / "s")) == 8
+
+
 def test_ids_cannot_hold_line_breaks():
     with pytest.raises(ValueError, match="line break"): Manifest("x", "y", 8, [0], 4, sample_ids=["a", "b\nc"])
 

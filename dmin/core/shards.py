@@ -508,12 +508,19 @@ def create_folder(folder: str | Path, manifest: Manifest) -> Path:
     folder = absolute_folder(folder)
     if folder.exists() and not folder.is_dir():
         raise FileExistsError(f"{folder} is a file: choose a new folder for the store")
-    if folder.exists() and any(x for x in folder.iterdir() if not x.name.startswith(".")):
-        if not (folder / "manifest.json").exists(): _refuse_orphans(folder)
-        raise FileExistsError(f"{folder} is not empty: choose a new folder for the store")
+    if folder.exists(): _refuse_full(folder)
     with storing(folder): folder.mkdir(parents=True, exist_ok=True)
-    write_manifest(folder, manifest)
+    with locked(folder, "making a store", seconds=30):
+        _refuse_full(folder)   # again: another process may have been at it
+        write_manifest(folder, manifest)
     return folder
+
+
+def _refuse_full(folder: Path) -> None:
+    names = {x.name for x in folder.iterdir() if not x.name.startswith(".")}
+    if not names - {"samples.txt"}: return   # alone, of a process that is making a store, or was killed
+    if "manifest.json" not in names: _refuse_orphans(folder)
+    raise FileExistsError(f"{folder} is not empty: choose a new folder for the store")
 
 # %% ../../nbs/core/13_shards.ipynb #858996a5
 def _unfinished(folder: Path, n: int, missing: list[int]) -> str:
