@@ -251,3 +251,17 @@ def test_a_shard_is_verified_when_it_is_first_read_and_once(tmp_path, monkeypatc
     others = [i for i in range(40) if not 8 <= i < 12]
     for _ in range(3): opened.vectors(others)
     assert verified.count(True) == 9 - 3 and len(verified) > 20
+
+
+def test_damage_gets_no_checksum_of_its_own(tmp_path, monkeypatch):
+    """What is written anew is verified before, even in a store that was opened unverified."""
+    whole = synthetic(tmp_path / "whole")
+    torn = Store.create(tmp_path / "torn", replace(whole.manifest, sample_ids=whole.manifest.sample_ids[:12]))
+    for rows in (range(4), range(4, 8), [8, 10, 11]): write(torn, rows)   # 9 is missing: 10 and 11 go
+    monkeypatch.setattr("dmin.core.shards.FILES", 2)
+    for store, change in ((whole, Store.merge_shards), (torn, Store.discard_missing)):
+        flip_a_bit(store.folder / "shard-00000008.safetensors")
+        damaged = (store.folder / "shard-00000008.safetensors").read_bytes()
+        with pytest.raises(ValueError, match="shard-00000008.*checksum is wrong"):
+            change(Store(store.folder, verify=False))
+        assert (store.folder / "shard-00000008.safetensors").read_bytes() == damaged

@@ -455,11 +455,17 @@ def _neighbours(sizes: dict[str, int]) -> list[list[str]]:
     return groups
 
 
+def _rewritable(files: ShardFiles, name: str) -> dict[str, torch.Tensor]:
+    """A shard's tensors, verified however the store was opened: what is written gets a checksum of its own."""
+    files.open(name)   # complains when it is no longer the one that is known
+    shard = read_shard(files.source, name, verify=True)
+    return {k: x for k, x in shard._asdict().items() if x is not None}
+
+
 def _merge(files: ShardFiles, names: list[str]) -> None:
     """One shard in the place of several."""
-    shards = [files.open(name)._asdict() for name in names]
-    parts = {k: [x[k] for x in shards] for k, x in shards[0].items() if x is not None}
-    files.put({k: torch.cat(x) for k, x in parts.items()}, names)
+    shards = [_rewritable(files, name) for name in names]
+    files.put({k: torch.cat([x[k] for x in shards]) for k in shards[0]}, names)
 
 # %% ../../nbs/core/13_shards.ipynb #e978e18a
 def gather(files: ShardFiles, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -559,8 +565,7 @@ def _cut_off(files: ShardFiles, kept: int) -> None:
             files.forget(name)
             (files.source.folder / name).unlink()
             continue
-        shard = files.open(name)._asdict()
-        files.put({k: x[rows < kept].clone() for k, x in shard.items() if x is not None}, [name])
+        files.put({k: x[rows < kept].clone() for k, x in _rewritable(files, name).items()}, [name])
 
 # %% ../../nbs/core/13_shards.ipynb #0632f705
 class ShardFolder:
