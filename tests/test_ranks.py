@@ -4,12 +4,15 @@ import re
 import signal
 import socket
 import subprocess
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import make_pipeline, PYTHON
 
 from dmin import collect, load_images
+from dmin.core.ranks import Ranks
 from dmin.core.store import Store
 
 WORK = """
@@ -77,3 +80,16 @@ def test_a_rank_that_stops_is_named(tmp_path, how, said):
     collect(make_pipeline(), digits, tmp_path / "one", v=64, timesteps=2, shard_size=4, progress=False)
     assert bytes_of(tmp_path / "store") == bytes_of(tmp_path / "one")
     assert not list((tmp_path / "store").glob(".rank-*"))
+
+
+def test_as_long_as_nobody_has_done_a_part_nobody_is_called_stalled(tmp_path, monkeypatch):
+    """A first shard may take hours, and those who have none wait for it."""
+    monkeypatch.setattr("dmin.core.ranks.STALLED", .01)
+    idle, slow = (
+        Ranks(tmp_path, SimpleNamespace(process_index=i, num_processes=2, wait_for_everyone=None)) for i in range(2))
+    idle.tell(0, 0), slow.tell(0, 1)
+    idle.stopped(), time.sleep(.1)
+    assert idle.stopped() == []
+    slow.tell(1, 2)   # now it is known what a part takes
+    idle.stopped(), time.sleep(10 * slow._longest + .1)
+    assert len(idle.stopped()) == 1

@@ -94,14 +94,14 @@ def measure(architecture: Architecture, batch: int, device: str, rounds: int) ->
     """Seconds of a (sample, timestep) and the peak of memory, plainly and collected."""
     work = Work(architecture, batch, device)
     runs = {"plain": work.plain, "collect": work.collect}
-    found = medians(time_in_turn(runs, rounds))
     result = {"parameters": sum(p.numel() for p in work.counted.values()), "batch": batch}
-    result |= {f"{name}_seconds": s / batch for name, s in found.items()}
-    for name, run in runs.items():
+    for name, run in runs.items():   # plain first: collecting keeps its buffers
         if device != "cuda": break
         torch.cuda.reset_peak_memory_stats()
         run()
         result[f"{name}_peak_bytes"] = torch.cuda.max_memory_allocated()
+    found = medians(time_in_turn(runs, rounds))
+    result |= {f"{name}_seconds": s / batch for name, s in found.items()}
     hours = result["collect_seconds"] * 9288 * architecture.timesteps / 3600
     return result | {"ratio": found["collect"] / found["plain"], "hours_9288": hours}
 

@@ -7,6 +7,7 @@ __all__ = ['STALLED', 'Ranks']
 
 # %% ../../nbs/core/16_ranks.ipynb #4b87959e
 import json
+import math
 import os
 import platform
 import time
@@ -53,6 +54,7 @@ class Ranks:
         if done: self._longest = max(self._longest, now - self._last)
         self._last = now
         told = {"host": platform.node(), "pid": os.getpid(), "done": done, "of": of, "longest": self._longest}
+        told["at"] = time.time()   # so that each is another
         write_atomically(self._path(self.rank), lambda path: path.write_text(json.dumps(told)))
         if self.rank == 0 and not self._warned and (stopped := self.stopped()):
             self._warned = True   # nobody waits yet: the work goes on, and somebody may look
@@ -70,7 +72,9 @@ class Ranks:
     def stopped(self) -> list[str]:
         """Of those, the ones that are gone, or have done nothing for long, in words."""
         found, unfinished = [], self.unfinished()
-        most = max([STALLED, *(10 * told["longest"] for told, _ in self._seen.values())])
+        longest = max([self._longest, *(told["longest"] for told, _ in self._seen.values())])
+        # as long as nobody has done a part, nobody knows how long one takes
+        most = max(STALLED, 10 * longest) if longest else math.inf
         for rank, told in unfinished.items():
             here, silent = told["host"] == platform.node(), time.monotonic() - self._seen[rank][1]
             who = _in_words(rank, told)

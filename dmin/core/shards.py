@@ -4,16 +4,17 @@
 
 # %% auto #0
 __all__ = ['FORMAT', 'READABLE', 'OPEN_SHARDS', 'FILES', 'Manifest', 'differences', 'write_manifest', 'read_manifest',
-           'ManifestFile', 'Shard', 'ids_digest', 'shard_name', 'write_shard', 'read_shard', 'MappedShards', 'Places',
-           'ShardFiles', 'gather', 'create_folder', 'ShardFolder']
+           'ManifestFile', 'Shard', 'ids_digest', 'shard_name', 'larger_first', 'write_shard', 'read_shard',
+           'MappedShards', 'Places', 'ShardsChanged', 'ShardFiles', 'gather', 'create_folder', 'ShardFolder']
 
 # %% ../../nbs/core/13_shards.ipynb #3ac4e6d1
 import hashlib
 import json
 import os
 import shutil
+import time
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
@@ -137,14 +138,33 @@ def _write_ids(folder: Path, ids: list[str], kept: int) -> None:
         file.flush()
         os.fsync(file.fileno())
 
+# %% ../../nbs/core/13_shards.ipynb #59bccee7
+def _refuse_other_file(folder: Path, ids: list[str]) -> None:
+    """Raises `FileExistsError` for a `samples.txt` that no process began to write with these ids."""
+    path = folder / "samples.txt"
+    if not path.exists() or _as_lines(ids).startswith(path.read_bytes()): return
+    raise FileExistsError(
+        f"{path} is there already and is something else: a store keeps its samples' ids under that name. Move"
+        " the file away, or choose another folder")
+
 # %% ../../nbs/core/13_shards.ipynb #b2fe724b
 def write_manifest(folder: Path, manifest: Manifest, stored: list[str] | None = None) -> None:
-    """Puts a manifest in place of one with the ids `stored` in its `samples.txt`."""
-    ids, stored = manifest.sample_ids, stored or []
+    """Puts a manifest in place of one with the ids `stored` in its `samples.txt`; None: it had no such file.
+    """
+    ids = manifest.sample_ids
+    if stored is None: _refuse_other_file(folder, ids)
+    stored = stored or []
     kept = next((i for i, (x, y) in enumerate(zip(ids, stored)) if x != y), min(len(ids), len(stored)))
     if kept < len(stored): _write_recipe(folder, replace(manifest, sample_ids=ids[:kept]))
     _write_ids(folder, ids, kept)
     _write_recipe(folder, manifest)
+
+# %% ../../nbs/core/13_shards.ipynb #4cac9955
+def _state(path: Path) -> tuple | None:
+    """What changes when a file is replaced; None where there is none."""
+    if not path.exists(): return None
+    about = path.stat()
+    return about.st_ino, about.st_mtime_ns, about.st_size
 
 # %% ../../nbs/core/13_shards.ipynb #d694a58c
 def _read_ids(folder: Path, about: dict) -> list[str]:
@@ -173,7 +193,8 @@ def read_manifest(folder: Path) -> Manifest:
     Raises `FileNotFoundError` when there is none, `ValueError` when it cannot be used.
     """
     path = folder / "manifest.json"
-    if not path.exists():
+    before = _state(path)
+    if before is None:
         _refuse_orphans(folder)
         raise FileNotFoundError(f"there is no store in {folder}: make one with dmin.core.store")
     content = read_json(path, {"format": int}, _RESTORE)
@@ -183,14 +204,8 @@ def read_manifest(folder: Path) -> Manifest:
             f" {' and '.join(map(str, READABLE))}: use the dmin that wrote it, or collect anew")
     try: return _from_content(folder, content)
     except (TypeError, KeyError, ValueError) as e:
+        if _state(path) != before: return read_manifest(folder)   # replaced between this and the ids
         raise e if str(e).startswith(str(folder)) else damaged(path, f"cannot be read: {e}", _RESTORE) from e
-
-# %% ../../nbs/core/13_shards.ipynb #4cac9955
-def _state(path: Path) -> tuple | None:
-    """What changes when a file is replaced; None where there is none."""
-    if not path.exists(): return None
-    about = path.stat()
-    return about.st_ino, about.st_mtime_ns, about.st_size
 
 # %% ../../nbs/core/13_shards.ipynb #fab7fa08
 class ManifestFile:
@@ -206,15 +221,16 @@ class ManifestFile:
         """Raises `ValueError` when the manifest on the disk is no longer the one that was read."""
         state = _state(self.path)
         if state is not None and state == self._state: return
-        if words := differences(read_manifest(self.folder), self.manifest):
+        now = read_manifest(self.folder)
+        if words := differences(now, self.manifest):
             raise ValueError(
                 f"{self.folder} has changed since this store was opened: {'; '.join(words)}. Nothing was"
                 " written: open it again, open_store(folder, pipe, samples)")
-        self._state = state
+        self._state, self.manifest = state, now   # it may have become one of format 2
 
     def put(self, manifest: Manifest) -> None:
         """Puts another manifest in place; called where the folder is locked."""
-        stored = self.manifest.sample_ids if self.manifest.format == FORMAT else []
+        stored = self.manifest.sample_ids if self.manifest.format == FORMAT else None
         write_manifest(self.folder, manifest, stored)
         self._state, self.manifest = _state(self.path), replace(manifest, format=FORMAT)
         self.fingerprint = manifest.fingerprint()
@@ -245,12 +261,21 @@ def ids_digest(ids: list[str]) -> str:   # 16 hexadecimal characters
     return hashlib.sha256("".join(ids).encode()).hexdigest()[:16]
 
 
-def shard_name(rows: torch.Tensor) -> str: return f"shard-{int(rows[0]):08d}.safetensors"
+def shard_name(rows: torch.Tensor, shard_size: int) -> str:
+    """By its first row; of more rows than are collected at a time, by the last one too."""
+    merged = f"-{int(rows.max()):08d}" if len(rows) > shard_size else ""
+    return f"shard-{int(rows[0]):08d}{merged}.safetensors"
+
+
+def larger_first(name: str) -> tuple[int, int]:
+    """Sorts shards by their first rows, and one that others were merged into before those."""
+    first, _, last = name.removeprefix("shard-").removesuffix(".safetensors").partition("-")
+    return int(first), -int(last or first)
 
 
 def write_shard(source: ManifestFile, tensors: dict[str, torch.Tensor]) -> str:
     """Writes a shard, whole or not at all: the tensors of a `Shard` by name. Returns the file's name."""
-    name = shard_name(tensors["rows"])
+    name = shard_name(tensors["rows"], source.manifest.shard_size)
     samples = ids_digest([source.manifest.sample_ids[i] for i in tensors["rows"].tolist()])
     write_tensors(source.folder / name, tensors, {"store": source.fingerprint, "samples": samples})
     return name
@@ -310,6 +335,7 @@ def read_shard(source: ManifestFile, name: str, verify: bool) -> Shard:
 
 # %% ../../nbs/core/13_shards.ipynb #4831d1cb
 OPEN_SHARDS = 1000   # how many stay mapped
+_SHARDS = "shard-*.safetensors"
 
 # %% ../../nbs/core/13_shards.ipynb #3abb1363
 class MappedShards:
@@ -352,6 +378,10 @@ def _find_places(rows: dict[str, torch.Tensor], n: int) -> Places:
         shard[rows[name]], place[rows[name]] = s, torch.arange(len(rows[name]))
     return Places(names, shard, place)
 
+# %% ../../nbs/core/13_shards.ipynb #1d05b200
+class ShardsChanged(ValueError):
+    """Another process has merged or removed shards."""
+
 # %% ../../nbs/core/13_shards.ipynb #403aa69a
 class ShardFiles:
     """The shards of a folder, opened as they are used, and which rows are in them."""
@@ -363,25 +393,33 @@ class ShardFiles:
         self._present = torch.zeros(0, dtype=torch.bool)
         self._places: Places | None = None   # until a shard comes or goes
 
-    def __iter__(self) -> Iterator[str]: return iter(sorted(self.rows))
+    def __iter__(self) -> Iterator[str]: return iter(sorted(self.rows, key=larger_first))
 
     def find(self) -> None:
-        """Notes the shards that were written since, by this process or another. Raises what `open` raises."""
-        found = sorted(path.name for path in self.source.folder.glob("shard-*.safetensors"))
-        if gone := self.rows.keys() - set(found):
-            raise self._changed(min(gone))
-        self.left_over = []
-        for name in found:
-            if name in self.rows: continue
-            rows = read_shard(self.source, name, verify=False).rows
-            self._note(name, rows.clone())   # a copy, so that the map can go
+        """Notes the shards that were written since, by this process or another.
 
-    def _note(self, name: str, rows: torch.Tensor) -> None:
+        Raises what `read_shard` does, and `ValueError` when another process has merged or removed some.
+        """
+        found = sorted((x.name for x in self.source.folder.glob(_SHARDS)), key=larger_first)
+        if gone := self.rows.keys() - set(found):
+            raise self.changed(min(gone))
+        known, self.left_over = bool(self.rows), []
+        for name in found:
+            if name not in self.rows: self._find(name, known)
+
+    def _find(self, name: str, known: bool) -> None:
+        try: rows = read_shard(self.source, name, verify=False).rows.clone()   # so that the map can go
+        except FileNotFoundError as e:   # merged since the folder was listed
+            raise self.changed(name) from e
         there = self.present()[rows]
         if there.all() and len(rows): return self.left_over.append(name)
-        if there.any():
-            row = int(rows[there][0])
-            raise damaged(self.source.folder / name, f"row {row} is in another shard too", _AGAIN)
+        if not there.any(): return self._note(name, rows)
+        if known:
+            raise self.changed(name)
+        row = int(rows[there][0])
+        raise damaged(self.source.folder / name, f"row {row} is in another shard too", _AGAIN)
+
+    def _note(self, name: str, rows: torch.Tensor) -> None:
         self.rows[name], self._places = rows, None
         self.present()[rows] = True
 
@@ -392,12 +430,12 @@ class ShardFiles:
         """
         try: shard = self.mapped.open(name)
         except FileNotFoundError: shard = None
-        if shard is not None and torch.equal(shard.rows, self.rows[name]): return shard
+        if shard is not None and name in self.rows and torch.equal(shard.rows, self.rows[name]): return shard
         self.mapped.close(name)
-        raise self._changed(name)
+        raise self.changed(name)
 
-    def _changed(self, name: str) -> ValueError:
-        return ValueError(
+    def changed(self, name: str) -> ShardsChanged:
+        return ShardsChanged(
             f"{self.source.folder / name} is not what it was when this store was opened: another process has"
             " put shards together, or removed some. Open the store again: open_store(folder, pipe, samples)")
 
@@ -407,17 +445,12 @@ class ShardFiles:
         if len(self._present) != n: self._present = _of_length(self._present, n)
         return self._present
 
-    def add(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Writes a shard of missing rows, unless another process has written them meanwhile."""
-        if (self.source.folder / shard_name(tensors["rows"])).exists(): self.find()
-        if not self.present()[tensors["rows"]].all(): self.put(tensors)
-
     def put(self, tensors: dict[str, torch.Tensor], instead_of: Iterable[str] = ()) -> None:
         """Writes a shard, see `write_shard`, then removes those whose rows it holds."""
         name, old = write_shard(self.source, tensors), list(instead_of)
         for x in old: self.forget(x)
         for x in old:
-            if x != name: (self.source.folder / x).unlink()
+            if x != name: (self.source.folder / x).unlink(missing_ok=True)
         self.mapped.close(name, verified=True)
         self._note(name, tensors["rows"].clone())
 
@@ -432,6 +465,17 @@ class ShardFiles:
         if self._places is None or len(self._places.shard) != len(self.present()):
             self._places = _find_places(self.rows, len(self.present()))
         return self._places
+
+# %% ../../nbs/core/13_shards.ipynb #35546443
+def _found(source: ManifestFile, verify: bool) -> ShardFiles:
+    """The shards that are in the folder now; looked for again when others are merged meanwhile."""
+    for _ in range(20):
+        files = ShardFiles(source, verify)
+        try: files.find()
+        except ShardsChanged as e: changed = e
+        else: return files
+        time.sleep(.05)
+    raise changed
 
 # %% ../../nbs/core/13_shards.ipynb #25abcc42
 def _of_length(mask: torch.Tensor, n: int) -> torch.Tensor:   # (n,)
@@ -454,11 +498,12 @@ def _neighbours(sizes: dict[str, int]) -> list[list[str]]:
         size += nbytes
     return groups
 
-
+# %% ../../nbs/core/13_shards.ipynb #f63e0a09
 def _rewritable(files: ShardFiles, name: str) -> dict[str, torch.Tensor]:
-    """A shard's tensors, verified however the store was opened: what is written gets a checksum of its own."""
-    files.open(name)   # complains when it is no longer the one that is known
+    """A shard's tensors, verified however the store was opened: a checksum of its own is to come."""
     shard = read_shard(files.source, name, verify=True)
+    if not torch.equal(shard.rows, files.rows[name]):
+        raise files.changed(name)
     return {k: x for k, x in shard._asdict().items() if x is not None}
 
 
@@ -524,7 +569,8 @@ def create_folder(folder: str | Path, manifest: Manifest) -> Path:
 
 def _refuse_full(folder: Path) -> None:
     names = {x.name for x in folder.iterdir() if not x.name.startswith(".")}
-    if not names - {"samples.txt"}: return   # alone, of a process that is making a store, or was killed
+    # ids alone: of a process that is making a store, or was killed; `write_manifest` looks whether of these
+    if not names - {"samples.txt"}: return
     if "manifest.json" not in names: _refuse_orphans(folder)
     raise FileExistsError(f"{folder} is not empty: choose a new folder for the store")
 
@@ -588,8 +634,7 @@ class ShardFolder:
 
     def _open(self, verify):
         self._source = ManifestFile(self.folder)
-        self._files = ShardFiles(self._source, verify)
-        self._files.find()
+        self._files = _found(self._source, verify)
 
     @property
     def manifest(self) -> Manifest: return self._source.manifest
@@ -616,7 +661,11 @@ class ShardFolder:
             raise ValueError(_unfinished(self.folder, len(self), missing))
 
     def refresh(self) -> None:
-        """Notes the shards that were written since, by this process or another."""
+        """Notes the shards that were written since, by this process or another.
+
+        Raises `ValueError` when samples were added since the store was opened, or shards merged.
+        """
+        self._source.check()
         self._files.find()
 
     def reread(self) -> None:
@@ -627,15 +676,22 @@ class ShardFolder:
         """Reads every shard that was not used yet, as a copy should be once. Raises what opening raises."""
         for _ in bar(self.shards(), "verifying", total=len(self._files.rows), delay=2): pass
 
-    def merge_shards(self) -> None:
-        """Makes about 256 shards of more than 512; nothing is computed. `collect` and `add` end with it."""
+    def merge_shards(self, after_each: Callable[[], object] = lambda: None) -> None:
+        """Makes about 256 shards of more than 512; nothing is computed. `collect` and `add` end with it.
+
+        Raises `ValueError` for a shard that is damaged, when samples were added since the store was opened,
+        and while another process is at it.
+        """
         if len(self._files.rows) <= 2 * FILES and not self._files.left_over: return
         with _changing(self._source):
+            # anew: another process may have merged meanwhile
+            self._files = _found(self._source, self._files.mapped.verify)
             for name in self._files.left_over: (self.folder / name).unlink(missing_ok=True)
-            groups = _neighbours(self.shard_sizes()) if len(self._files.rows) > 2 * FILES else []
-            for names in bar(groups, "merging shards", delay=2):
+            self._files.left_over = []
+            if len(self._files.rows) <= 2 * FILES: return
+            for names in bar(_neighbours(self.shard_sizes()), "merging shards", delay=2):
                 if len(names) > 1: _merge(self._files, names)
-        self.refresh()
+                after_each()
 
     def shards(self, names: Iterable[str] | None = None) -> Iterator[Shard]:
         """The shards in the order of their rows, or those of some names."""
@@ -643,7 +699,9 @@ class ShardFolder:
 
     def shard_sizes(self) -> dict[str, int]:
         """The bytes of each shard, by name."""
-        return {name: (self.folder / name).stat().st_size for name in self._files}
+        try: return {name: (self.folder / name).stat().st_size for name in self._files}
+        except FileNotFoundError as e:
+            raise self._files.changed(Path(e.filename).name) from e
 
     def nbytes(self) -> int:
         """Size of the shards on disk, in bytes."""
@@ -684,7 +742,7 @@ class ShardFolder:
         _check_numbers(self.manifest, rows, compressed, norms, losses)
         self._source.check()
         stored = pack(compressed / norms[..., None], self.manifest.dtype)
-        self._files.add({"rows": rows, "norms": norms.clone(), "losses": losses.clone(), **stored})
+        self._files.put({"rows": rows, "norms": norms.clone(), "losses": losses.clone(), **stored})
 
     def copy_as(self, folder: str | Path, dtype: str) -> "ShardFolder":
         """A copy in another folder with fewer bits a number: that which `dtype=` would have collected, up to

@@ -52,18 +52,25 @@ def _whole_shards(store: ShardFolder) -> list[list[int]]:
     return list(shards.values())
 
 # %% ../../nbs/core/17_store.ipynb #cc3ef276
-def _finish(store: ShardFolder, ranks: Ranks, processes) -> None:
-    """Waits for the other processes' shares; the first cleans up, and makes few shards of many."""
+def _merge(store: ShardFolder, ranks: Ranks, of: int) -> None:
+    """Makes few shards of many; where that cannot be now, the store is complete as it is."""
+    try: store.merge_shards(lambda: ranks.tell(of - 1, of))
+    except (OSError, ValueError) as e:
+        warnings.warn(f"{store.folder} is complete, with as many shards as before: {e}", stacklevel=4)
+
+
+def _finish(store: ShardFolder, ranks: Ranks, processes, of: int, written: bool) -> None:
+    """Waits for the other processes' shares; the first cleans up and merges, which the others wait for."""
     ranks.wait()
-    processes.wait_for_everyone()
     if ranks.rank == 0:
         # again: those of a process that was killed just before were too young
         remove_leftovers(store.folder)
-        store.refresh()   # what the other processes have written
-        store.merge_shards()
-        ranks.forget()
+        if ranks.n > 1: store.reread()   # what the others have written
+        if written: _merge(store, ranks, of)
+        ranks.tell(of, of)
     processes.wait_for_everyone()
-    if ranks.n > 1: store.reread()
+    if ranks.rank == 0: ranks.forget()
+    else: store.reread()
 
 # %% ../../nbs/core/17_store.ipynb #1364df7b
 def fill(store: ShardFolder, objective: Objective, samples, batch_size: int, progress: bool) -> None:
@@ -75,8 +82,10 @@ def fill(store: ShardFolder, objective: Objective, samples, batch_size: int, pro
     rank, n = processes.process_index, processes.num_processes
     if rank == 0: remove_leftovers(store.folder)
     processes.wait_for_everyone()
-    mine, ranks = _whole_shards(store)[rank::n], Ranks(store.folder, processes)
-    ranks.tell(0, len(mine))
+    missing, ranks = _whole_shards(store), Ranks(store.folder, processes)
+    mine = missing[rank::n]
+    of = len(mine) + (rank == 0)   # the first has the end of the work to do as well
+    ranks.tell(0, of)
     processes.wait_for_everyone()   # so that nobody reads what another run has told
     about, hidden = f" ({n} processes, share of the first)" * (n > 1), not (progress and mine) or rank > 0
     total = sum(map(len, mine))
@@ -84,8 +93,8 @@ def fill(store: ShardFolder, objective: Objective, samples, batch_size: int, pro
         for i, rows in enumerate(mine):
             store.write(rows, *compute(store, objective, samples, rows, batch_size, verify=i == 0)[:3])
             shown.update(len(rows))
-            ranks.tell(i + 1, len(mine))
-    _finish(store, ranks, processes)
+            ranks.tell(i + 1, of)
+    _finish(store, ranks, processes, of, written=bool(missing))
 
 # %% ../../nbs/core/17_store.ipynb #1e75c127
 def _class_number(x, i: int, column: str, kind) -> int | None:
