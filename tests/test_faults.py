@@ -434,7 +434,7 @@ def test_leftovers_and_other_peoples_files(pipe, digits, tmp_path):
     store = collect(pipe, digits.select(range(8)), tmp_path / "s", **RECIPE)
     assert sorted(
         p.name for p in store.folder.iterdir() if p.name.startswith(".") or p.suffix == ".tmp"
-    ) == sorted([*names, ".lock"])
+    ) == sorted([*names])
 
 
 KILLED = """

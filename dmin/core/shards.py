@@ -139,21 +139,22 @@ def _write_ids(folder: Path, ids: list[str], kept: int) -> None:
         os.fsync(file.fileno())
 
 # %% ../../nbs/core/13_shards.ipynb #59bccee7
-def _refuse_other_file(folder: Path, ids: list[str]) -> None:
-    """Raises `FileExistsError` for a `samples.txt` that no process began to write with these ids."""
-    path = folder / "samples.txt"
-    if not path.exists() or _as_lines(ids).startswith(path.read_bytes()): return
-    raise FileExistsError(
-        f"{path} is there already and is something else: a store keeps its samples' ids under that name. Move"
-        " the file away, or choose another folder")
+def _write_first(folder: Path, manifest: Manifest) -> None:
+    """Where there are no ids yet; two processes that make the same store at once write the same files."""
+    path, lines = folder / "samples.txt", _as_lines(manifest.sample_ids)
+    if path.exists() and not lines.startswith(path.read_bytes()):
+        raise FileExistsError(
+            f"{path} is there already and is something else: a store keeps its samples' ids under that name."
+            " Move the file away, or choose another folder")
+    write_atomically(path, lambda temporary: temporary.write_bytes(lines))
+    _write_recipe(folder, manifest)
 
 # %% ../../nbs/core/13_shards.ipynb #b2fe724b
 def write_manifest(folder: Path, manifest: Manifest, stored: list[str] | None = None) -> None:
     """Puts a manifest in place of one with the ids `stored` in its `samples.txt`; None: it had no such file.
     """
     ids = manifest.sample_ids
-    if stored is None: _refuse_other_file(folder, ids)
-    stored = stored or []
+    if stored is None: return _write_first(folder, manifest)
     kept = next((i for i, (x, y) in enumerate(zip(ids, stored)) if x != y), min(len(ids), len(stored)))
     if kept < len(stored): _write_recipe(folder, replace(manifest, sample_ids=ids[:kept]))
     _write_ids(folder, ids, kept)
@@ -559,20 +560,14 @@ def create_folder(folder: str | Path, manifest: Manifest) -> Path:
     folder = absolute_folder(folder)
     if folder.exists() and not folder.is_dir():
         raise FileExistsError(f"{folder} is a file: choose a new folder for the store")
-    if folder.exists(): _refuse_full(folder)
-    with storing(folder): folder.mkdir(parents=True, exist_ok=True)
-    with locked(folder, "making a store", seconds=30):
-        _refuse_full(folder)   # again: another process may have been at it
-        write_manifest(folder, manifest)
-    return folder
-
-
-def _refuse_full(folder: Path) -> None:
-    names = {x.name for x in folder.iterdir() if not x.name.startswith(".")}
+    names = {x.name for x in folder.iterdir() if not x.name.startswith(".")} if folder.exists() else set()
     # ids alone: of a process that is making a store, or was killed; `write_manifest` looks whether of these
-    if not names - {"samples.txt"}: return
-    if "manifest.json" not in names: _refuse_orphans(folder)
-    raise FileExistsError(f"{folder} is not empty: choose a new folder for the store")
+    if names - {"samples.txt"}:
+        if "manifest.json" not in names: _refuse_orphans(folder)
+        raise FileExistsError(f"{folder} is not empty: choose a new folder for the store")
+    with storing(folder): folder.mkdir(parents=True, exist_ok=True)
+    write_manifest(folder, manifest)
+    return folder
 
 # %% ../../nbs/core/13_shards.ipynb #858996a5
 def _unfinished(folder: Path, n: int, missing: list[int]) -> str:
