@@ -109,6 +109,7 @@ BENCHMARKS = dict(
     bits_v=Row((2**8,), _POWERS, _POWERS, "compressed dimensions, of fewer bits a number"),
     bench_real=Row(16, 500, 500, "digits whose gradients the benchmark of retrieval starts from"),
     bench_n=Row(200, 9288, 9288, "samples in its store"),
+    million_n=Row((100, 300), (10**4, 10**5, 10**6), (10**4, 10**5, 10**6), "samples of a large one"),
     memory_layers=Row(2, 24, 24, "blocks of the SD 3 architecture, of memory"),
     memory_heads=Row(4, 24, 24, "its attention heads"),
 )
