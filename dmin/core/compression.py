@@ -37,6 +37,13 @@ class _Linear:
         """The compressed gradients that an accumulator holds."""
         return total
 
+    def weight_at(self, start: int) -> None:
+        """The weight of an element that is compressed by factors, see `dmin.core.factors`."""
+
+    def norms(self, gradient: torch.Tensor) -> torch.Tensor:   # (n, d) -> (n,) float32
+        """Of whole gradients."""
+        return torch.linalg.vector_norm(gradient, dim=1, dtype=torch.float64).float()
+
     def zeros(self, n: int, dtype=torch.float32, device="cpu") -> torch.Tensor:
         """An empty accumulator for `n` gradients."""
         return torch.zeros(n, self.v, dtype=dtype, device=device)

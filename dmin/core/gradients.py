@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from .checks import whole, whole_seed
 from .compression import NoCompression
+from .factors import cheaper_by_factors
 from .objective import Objective
 from .runtime import bar, return_freed_memory
 
@@ -50,15 +51,30 @@ class _Total:
     def __init__(self, compressor, n: int, device):
         self.compressor, self.compressed = compressor, compressor.zeros(n, device=device)
         self.squares = torch.zeros(n, dtype=torch.float64, device=device)
+        self._by_factors = {}   # weight -> what has come of it, compressed: the norm needs the sum
 
     def add(self, gradient: torch.Tensor, start: int, samples=slice(None)) -> None:
-        """Elements from `start` on (m, k) of some samples' gradients."""
-        gradient = gradient.float()
+        """Elements from `start` on (m, k) of some samples' gradients, all of one parameter."""
+        gradient, weight = gradient.float(), self.compressor.weight_at(start)
+        if weight is not None:
+            part = self.compressor.of_piece(weight, gradient, start - weight.start)
+            return self._add_part(weight, part, samples)
         self.squares[samples] += torch.linalg.vector_norm(gradient, dim=1).double().square()
         self.compressor.add_(self.compressed[samples], gradient, start)
 
+    def _add_part(self, weight, part: torch.Tensor, samples) -> None:
+        if weight not in self._by_factors:
+            self._by_factors[weight] = part.new_zeros(len(self.compressed), part.shape[1])
+        self._by_factors[weight][samples] += part
+
+    def add_factored(self, compressed: torch.Tensor) -> None:   # (n, v)
+        """All of one weight's gradients, compressed by factors."""
+        self.compressed[:, :compressed.shape[1]] += compressed
+        self.squares += torch.linalg.vector_norm(compressed, dim=1, dtype=torch.float64).square()
+
     def finish(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Compressed gradients (n, v) and norms (n,)."""
+        for compressed in self._by_factors.values(): self.add_factored(compressed)
         return self.compressor.finish(self.compressed), self.squares.sqrt().float()
 
 # %% ../../nbs/core/11_gradients.ipynb #55793728
@@ -103,6 +119,17 @@ class Sink:
         if self._shared[key] is None:
             self._shared[key] = gradient.new_zeros(self.n, parameter.numel(), dtype=torch.float32)
         self._shared[key][samples, offset:offset + gradient.shape[1]] += gradient
+
+    def by_factors(self, parameter: nn.Parameter, tokens: int) -> bool:
+        """Whether a weight's gradient is better compressed without being formed, from so many tokens."""
+        if id(parameter) in self._shared: return False   # a sum
+        weight = self.compressor.weight_at(self.starts[id(parameter)])
+        return weight is not None and cheaper_by_factors(weight, tokens, self.compressor.v)
+
+    def add_factors(self, parameter: nn.Parameter, x: torch.Tensor, grad: torch.Tensor) -> None:
+        """What went in (n, tokens, columns) and the gradient (n, tokens, rows) of what came out."""
+        weight = self.compressor.weight_at(self.starts[id(parameter)])
+        self._total.add_factored(self.compressor.of_factors(weight, x.float(), grad.float()))
 
     def finish(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Compressed gradients (n, v) and norms (n,)."""
@@ -165,6 +192,7 @@ def _linear(layer, x, grad, sink):
     x, grad = x.flatten(1, -2), grad.flatten(1, -2)
     if sink.wants(layer.bias): sink.add(layer.bias, grad.sum(1))
     if not sink.wants(layer.weight): return
+    if sink.by_factors(layer.weight, x.shape[1]): return sink.add_factors(layer.weight, x, grad)
     for i, j in _parts(x, layer.weight.numel()):
         product = sink.buffer("product", j - i, *layer.weight.shape, like=grad)
         sink.add(layer.weight, torch.bmm(grad[i:j].transpose(1, 2), x[i:j], out=product).flatten(1), i)
@@ -178,6 +206,7 @@ def _conv2d(layer, x, grad, sink):
         return NotImplemented
     if sink.wants(layer.bias): sink.add(layer.bias, grad.sum((1, 3, 4)))
     if not sink.wants(layer.weight): return None
+    if sink.by_factors(layer.weight, grad[0, :, 0].numel()): return _conv2d_by_factors(layer, x, grad, sink)
     if layer.stride != (1, 1): rule = _conv2d_strided
     elif layer.kernel_size == (1, 1) and layer.padding == (0, 0): rule = _conv2d_pointwise
     else: rule = _conv2d_shifted
@@ -205,6 +234,14 @@ def _conv2d_strided(layer, x, grad, sink, first):
     for k, shifted in enumerate(columns):
         torch.bmm(grad, shifted.transpose(1, 2), out=product)
         sink.add(layer.weight, product.flatten(1), first, k * product[0].numel())
+
+# %% ../../nbs/core/11_gradients.ipynb #96f1772b
+def _conv2d_by_factors(layer, x, grad, sink):
+    columns = F.unfold(x.flatten(0, 1), layer.kernel_size, layer.dilation, layer.padding, layer.stride)
+    # (n, r * positions, place in kernel * in), as the weight stands in the gradient
+    columns = columns.unflatten(1, (x.shape[2], -1)).unflatten(0, x.shape[:2]).permute(0, 1, 4, 3, 2)
+    grad = grad.flatten(3).transpose(2, 3)
+    sink.add_factors(layer.weight, columns.flatten(3).flatten(1, 2), grad.flatten(1, 2))
 
 # %% ../../nbs/core/11_gradients.ipynb #8f5b7473
 def _conv2d_shifted(layer, x, grad, sink, first):
@@ -598,7 +635,7 @@ def _all_draws(gradients, ask: _Asked, pair: torch.Tensor, compressor, verify: b
         gradient, _, losses = _one_pass(gradients, ask, pair, draws, verify and start == 0)
         share = len(draws) / ask.noises
         total, loss = total + gradient * share, loss + losses * share
-    return compressor(total), torch.linalg.vector_norm(total, dim=1, dtype=torch.float64).float(), loss
+    return compressor(total), compressor.norms(total), loss
 
 # %% ../../nbs/core/11_gradients.ipynb #4ef6adb2
 _ZERO = ("A zero gradient has no direction to normalise: are the counted parameters the ones that the loss"

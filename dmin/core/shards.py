@@ -24,7 +24,8 @@ from typing import NamedTuple
 import torch
 
 from .checks import absolute_folder, one_of, whole, whole_seed
-from .compression import Compressor, make_compressor, NoCompression
+from .compression import Compressor, NoCompression
+from .factors import compressor_of
 from .dtypes import (
     check_fewer_bits, check_storable, Columns, DTYPES, pack, products, scaled, stored_width, unpack)
 from .files import (
@@ -49,6 +50,7 @@ class Manifest:
     noises: int = 1                   # draws whose mean gradient was taken
     dtype: str = "float16"
     shard_size: int = 64              # samples a shard
+    factored: list[list[int]] = field(default_factory=list)   # see `dmin.core.factors.FactoredWeight`
     sample_ids: list[str] = field(default_factory=list)   # one a row; see dmin.core.images.sample_ids
     format: int = FORMAT
 
@@ -65,7 +67,9 @@ class Manifest:
 
     def fingerprint(self) -> str:
         """Of the recipe; each shard carries it, and is the same file in either format."""
-        text = json.dumps(self.recipe() | {"format": 1}, sort_keys=True)
+        recipe = self.recipe() | {"format": 1}
+        if not self.factored: del recipe["factored"]   # as it was before there were any
+        text = json.dumps(recipe, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 # %% ../../nbs/core/13_shards.ipynb #936e4c67
@@ -86,8 +90,11 @@ def _checked_fields(m: Manifest) -> dict:
     if any("\n" in x for x in m.sample_ids):
         raise ValueError("sample_ids holds a line break: an id is a line of samples.txt")
     v = None if m.v is None else whole("v", m.v)
+    factored = [[whole("factored", x, 0) for x in weight] for weight in m.factored]
+    if any(len(weight) != 4 for weight in factored):
+        raise ValueError("factored holds something else than four numbers a weight")
     check_storable(m.dtype, v)
-    return numbers | seeds | {"timesteps": timesteps, "v": v}
+    return numbers | seeds | {"timesteps": timesteps, "v": v, "factored": factored}
 
 # %% ../../nbs/core/13_shards.ipynb #88cc7fdf
 _IN_WORDS = {"model": "model (fingerprint of weights, configuration, noise levels and counted parameters)"}
@@ -96,7 +103,11 @@ _IN_WORDS = {"model": "model (fingerprint of weights, configuration, noise level
 def differences(mine: Manifest, other: Manifest) -> list[str]:
     """In which fields `other` differs; the samples are compared by number and content."""
     here, there = mine.recipe(), other.recipe()
-    words = [f"{_IN_WORDS.get(k, k)} is {here[k]}, not {there[k]}" for k in here if here[k] != there[k]]
+    wrong = [k for k in here if here[k] != there[k]]
+    words = [f"{_IN_WORDS.get(k, k)} is {here[k]}, not {there[k]}" for k in wrong if k != "factored"]
+    if "factored" in wrong:
+        weights = len(mine.factored), len(other.factored)
+        words.append("{} weights are compressed by factors, not {}".format(*weights))
     a, b = mine.sample_ids, other.sample_ids
     if a == b: return words
     first = next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), None)
@@ -644,7 +655,7 @@ class ShardFolder:
     def compressor(self) -> Compressor | NoCompression:
         """The one that its gradients were compressed with."""
         m = self.manifest
-        return make_compressor(m.parameters, m.v, m.compression_seed)
+        return compressor_of(m.parameters, m.v, m.compression_seed, m.factored)
 
     def missing(self) -> list[int]:
         """Rows whose gradients are not stored yet."""

@@ -16,7 +16,7 @@ import torch
 
 from .checks import absolute_folder, finite, one_of, timestep_weights, whole, whole_seed
 from .cluster import cluster_best_rows, cluster_cosines
-from .compression import make_compressor
+from .factors import compressor_of, factored_weights
 from .files import read_json, remove_leftovers, write_atomically
 from .gradients import Gradients, sample_gradients
 from .images import as_samples, column_digests, sample_ids
@@ -433,6 +433,7 @@ def collect(
     spacing: str = "uniform",          # of the timesteps, see dmin.core.timesteps
     seed: int = 0,                     # of the noise and of the compression
     noises: int = 1,                   # draws of noise whose mean gradient is taken
+    factored: bool = False,            # compress large weights' gradients without forming them
     dtype: str = "float16",            # of the numbers on disk: float32, float16, int8 or 1bit
     parameters=None,                   # name patterns of those that count; None: adapters if any, else all
     batch_size: int = 64,              # (sample, timestep, noise) rows a pass
@@ -447,6 +448,10 @@ def collect(
     work, and the store is the one that a single process makes, to the bit when each computes with as many
     threads. All get the complete store back.
 
+    `factored=True` is for wide models: gradients of weights of a million numbers are compressed from what
+    goes into a layer and what comes back, which takes less time; their part of the norms is then an estimate.
+    See `dmin.core.factors`.
+
     Raises `ValueError` when the folder holds a store of another model, data set, seed, timestep set or v,
     saying which differ; `OSError` when the disk is full; and what `dmin.core.gradients.sample_gradients`
     raises. Whatever was written stays valid. Source: DMin, section 3.1.
@@ -458,9 +463,12 @@ def collect(
     samples, folder = as_samples(samples), absolute_folder(folder)
     timesteps = _timesteps(objective, timesteps, spacing)
     d = sum(p.numel() for p in objective.parameters.values())
-    width = make_compressor(d, v, seed).v   # complains about v before anything is computed
+    weights = [list(w) for w in factored_weights(objective.parameters)] if factored else []
+    width = compressor_of(d, v, seed, weights).v   # complains about v before anything is computed
     if shard_size is None: shard_size = max(1, min(64, 2**28 // (4 * max(1, len(timesteps)) * width)))
-    manifest = Manifest(objective.describe(), "", d, timesteps, v, seed, seed, noises, dtype, shard_size)
+    recipe = dict(v=v, compression_seed=seed, noise_seed=seed, noises=noises, factored=weights)
+    recipe |= dict(dtype=dtype, shard_size=shard_size)
+    manifest = Manifest(objective.describe(), "", d, timesteps, **recipe)
     objective.check(samples)
     ids = sample_ids(samples, check=objective.check_image)
     manifest = replace(manifest, model=objective.fingerprint(), sample_ids=ids)
