@@ -7,6 +7,7 @@ Runs a command whose kernels `python3` are forked, as are torchrun's workers and
 only what `import` would have loaded is in memory already. For systems that can fork.
 """
 import atexit
+import gc
 import json
 import os
 import runpy
@@ -203,8 +204,12 @@ def main(command: list[str]) -> int:
             listener.listen()
             started = subprocess.Popen(command, env=os.environ | offer(folder, folder / "socket"))
             for name in LIBRARIES: __import__(name)
+            gc.collect()
+            gc.freeze()   # no fork looks through the libraries' objects again, nor copies their pages for it
             return serve(listener, started)
-    finally: shutil.rmtree(folder, ignore_errors=True)
+    finally:
+        gc.unfreeze()
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 if __name__ == "__main__":
