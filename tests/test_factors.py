@@ -1,13 +1,11 @@
 """Compression from factors: the places are what they say, whatever way is taken; unbiased; the same store."""
 import json
-from functools import partial
 
 import pytest
 import torch
 from conftest import make_pipeline, one_by_one
 from torch import nn
 
-import dmin.core.store
 from dmin import collect, DMin, open_store
 from dmin.core.compression import Compressor, random_words, standard_error
 from dmin.core.factors import (
@@ -16,11 +14,6 @@ from dmin.core.gradients import PerSampleGradients, sample_gradients
 from dmin.core.registry import make_objective
 
 LEAST = 500   # so that small networks' weights count as large
-
-
-@pytest.fixture
-def small_weights_count(monkeypatch):
-    monkeypatch.setattr(dmin.core.store, "factored_weights", partial(factored_weights, least=LEAST))
 
 
 def by_places(gradient, v, seed, weights):   # (n, d) float64 -> (n, v)
@@ -149,10 +142,10 @@ def test_both_ways_are_taken_in_these_tests():
     assert ways == {True, False}
 
 
-def test_a_store_by_factors(pipe, digits, tmp_path, small_weights_count):
+def test_a_store_by_factors(pipe, digits, tmp_path):
     recipe = dict(v=256, timesteps=2, dtype="float32", progress=False)
     plain = collect(pipe, digits, tmp_path / "plain", **recipe)
-    store = collect(pipe, digits, tmp_path / "factored", factored=True, **recipe)
+    store = collect(pipe, digits, tmp_path / "factored", factored=LEAST, **recipe)
     assert plain.manifest.factored == [] and len(store.manifest.factored) > 5
     assert plain.manifest.fingerprint() != store.manifest.fingerprint()
     expected = plain.per_sample("norms")
@@ -167,8 +160,8 @@ def test_a_store_by_factors(pipe, digits, tmp_path, small_weights_count):
         collect(pipe, digits, tmp_path / "factored", **recipe)
 
 
-def test_one_goes_on_with_a_store_by_factors(pipe, digits, tmp_path, small_weights_count):
-    recipe = dict(v=64, timesteps=2, dtype="1bit", shard_size=8, factored=True, progress=False)
+def test_one_goes_on_with_a_store_by_factors(pipe, digits, tmp_path):
+    recipe = dict(v=64, timesteps=2, dtype="1bit", shard_size=8, factored=LEAST, progress=False)
     whole = collect(pipe, digits, tmp_path / "whole", **recipe)
     for name in ("a", "b"): collect(pipe, digits, tmp_path / name, **recipe)
     gone = sorted((tmp_path / "b").glob("shard-*"))[1]
@@ -195,10 +188,13 @@ def test_only_large_weights(pipe):
     assert [w.end - w.start for w in found] == sizes and all(w.end <= d for w in found)
 
 
-def test_what_cannot_be(pipe, digits, tmp_path, small_weights_count):
+def test_what_cannot_be(pipe, digits, tmp_path):
     with pytest.raises(ValueError, match="factored=False to keep whole gradients"):
-        collect(pipe, digits, tmp_path / "s", v=None, timesteps=2, factored=True, progress=False)
-    collect(pipe, digits.select(range(2)), tmp_path / "s", v=64, timesteps=2, factored=True, progress=False)
+        collect(pipe, digits, tmp_path / "s", v=None, timesteps=2, factored=LEAST, progress=False)
+    for wrong in (0, -3, 2.5, "yes"):
+        with pytest.raises(ValueError, match="factored"):
+            collect(pipe, digits, tmp_path / "s", v=64, timesteps=2, factored=wrong, progress=False)
+    collect(pipe, digits.select(range(2)), tmp_path / "s", v=64, timesteps=2, factored=LEAST, progress=False)
     manifest = tmp_path / "s" / "manifest.json"
     about = json.loads(manifest.read_text())
     manifest.write_text(json.dumps(about | {"factored": [[1, 2, 3]]}))

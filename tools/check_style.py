@@ -74,7 +74,7 @@ LONG = {
     "finetune": 34,
     "generate": 26,
     "sample_gradients": 39,
-    "collect": 54,
+    "collect": 55,
     "counterfactual": 28,
     # configurations of tiny models
     "tiny_unet": 31,

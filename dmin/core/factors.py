@@ -5,19 +5,20 @@
 # %% auto #0
 __all__ = ['LEAST', 'FactoredWeight', 'factored_weights', 'FactoredCompressor', 'cheaper_by_factors', 'compressor_of']
 
-# %% ../../nbs/core/06_factors.ipynb #b199344d
+# %% ../../nbs/core/06_factors.ipynb #53250a36
 import math
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 import torch
 
+from .checks import whole
 from .compression import Compressor, make_compressor, NoCompression, random_words
 
-# %% ../../nbs/core/06_factors.ipynb #9098b31a
+# %% ../../nbs/core/06_factors.ipynb #e25b5d79
 LEAST = 2**20   # numbers of a weight; below, forming its gradient costs little
 
-# %% ../../nbs/core/06_factors.ipynb #7b20875c
+# %% ../../nbs/core/06_factors.ipynb #78e58dbd
 class FactoredWeight(NamedTuple):
     """A weight whose gradient has its places by rows and columns."""
     start: int     # its first element in the model's gradient
@@ -31,9 +32,10 @@ class FactoredWeight(NamedTuple):
 
 def factored_weights(
     parameters: Mapping[str, torch.Tensor],   # in the gradient's order
-    least: int = LEAST,                       # numbers that a weight has at least
+    factored: bool | int = True,              # numbers that one has at least; True: a million, False: none
 ) -> list[FactoredWeight]:
-    """Those of two or more dimensions that are large."""
+    """Those of two or more dimensions that are large. Raises `ValueError` for a number that cannot be."""
+    least = LEAST if factored is True else math.inf if factored is False else whole("factored", factored)
     found, start = [], 0
     for p in parameters.values():
         rows, columns, *kernel = p.shape if p.ndim > 1 else (0, 0)
@@ -42,7 +44,7 @@ def factored_weights(
         start += p.numel()
     return found
 
-# %% ../../nbs/core/06_factors.ipynb #6f3ec6b6
+# %% ../../nbs/core/06_factors.ipynb #51448e8b
 def _pieces(weights: list[FactoredWeight], start: int, end: int):   # -> (weight or None, first, end)
     """Elements `start` to `end` of a gradient, cut where weights begin and end."""
     for w in weights:
@@ -52,7 +54,7 @@ def _pieces(weights: list[FactoredWeight], start: int, end: int):   # -> (weight
         start = min(end, w.end)
     if start < end: yield None, start, end
 
-# %% ../../nbs/core/06_factors.ipynb #7f6e8f95
+# %% ../../nbs/core/06_factors.ipynb #212a8d32
 def _places_and_signs(seed: int, start: int, n: int, v: int, device):   # (n,) int64, (n,) float32
     """Of `n` rows or columns, from the words of the seed's sequence that begin with `start`."""
     words = random_words(seed, start, n, device)
@@ -69,7 +71,7 @@ def _one_each(places: torch.Tensor, signs: torch.Tensor, v: int, like: torch.Ten
     found = like.new_zeros(1, len(places), v)
     return found.scatter_(2, places[None, :, None], signs.to(like.dtype)[None, :, None])
 
-# %% ../../nbs/core/06_factors.ipynb #e6bdcc03
+# %% ../../nbs/core/06_factors.ipynb #8a9ea40c
 _AT_A_TIME = 2**19   # numbers
 
 
@@ -81,7 +83,7 @@ def _convolved(n: int, tokens: int, v: int, pair) -> torch.Tensor:   # (n, v)
         total = total + (a * b).sum(1)
     return torch.fft.irfft(total, n=v)
 
-# %% ../../nbs/core/06_factors.ipynb #3e5d8301
+# %% ../../nbs/core/06_factors.ipynb #bd4b7cb6
 class _FactoredPlaces:
     """Places and signs by rows and columns, from a compressor's seed."""
 
@@ -109,7 +111,7 @@ class _FactoredPlaces:
         def pair(some): return _spread(matrix[:, some], *columns, self.v), unit[:, some]
         return _convolved(len(matrix), matrix.shape[1], self.v, pair)
 
-# %% ../../nbs/core/06_factors.ipynb #4e2b0a8f
+# %% ../../nbs/core/06_factors.ipynb #70704183
 class FactoredCompressor(Compressor):
     """A `Compressor` that has its places by rows and columns within some weights, which do not overlap.
 
@@ -162,7 +164,7 @@ class FactoredCompressor(Compressor):
             squares += torch.linalg.vector_norm(part, dim=1, dtype=torch.float64).square()
         return squares.sqrt().float()
 
-# %% ../../nbs/core/06_factors.ipynb #1dfa698f
+# %% ../../nbs/core/06_factors.ipynb #669d6ab8
 _PAIR = 25   # operations of a matrix product that take as long as v log2(v) of a pair of transforms: measured
 
 
@@ -172,7 +174,7 @@ def cheaper_by_factors(weight: FactoredWeight, tokens: int, v: int) -> bool:
     fewer = weight.places * min(weight.rows, weight.columns)
     return tokens * pair <= 2 * tokens * (weight.end - weight.start) + fewer * pair
 
-# %% ../../nbs/core/06_factors.ipynb #5d4114a7
+# %% ../../nbs/core/06_factors.ipynb #2204de6d
 def compressor_of(
     d: int,              # the gradient's length
     v: int | None,       # compressed dimension, at most d; None: no compression

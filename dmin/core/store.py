@@ -433,7 +433,8 @@ def collect(
     spacing: str = "uniform",          # of the timesteps, see dmin.core.timesteps
     seed: int = 0,                     # of the noise and of the compression
     noises: int = 1,                   # draws of noise whose mean gradient is taken
-    factored: bool = False,            # compress large weights' gradients without forming them
+    factored: bool | int = False,      # compress weights' gradients without forming them: True for weights of
+                                       # a million numbers and more, or from how many
     dtype: str = "float16",            # of the numbers on disk: float32, float16, int8 or 1bit
     parameters=None,                   # name patterns of those that count; None: adapters if any, else all
     batch_size: int = 64,              # (sample, timestep, noise) rows a pass
@@ -463,11 +464,11 @@ def collect(
     samples, folder = as_samples(samples), absolute_folder(folder)
     timesteps = _timesteps(objective, timesteps, spacing)
     d = sum(p.numel() for p in objective.parameters.values())
-    weights = [list(w) for w in factored_weights(objective.parameters)] if factored else []
+    weights = factored_weights(objective.parameters, factored)
     width = compressor_of(d, v, seed, weights).v   # complains about v before anything is computed
     if shard_size is None: shard_size = max(1, min(64, 2**28 // (4 * max(1, len(timesteps)) * width)))
-    recipe = dict(v=v, compression_seed=seed, noise_seed=seed, noises=noises, factored=weights)
-    recipe |= dict(dtype=dtype, shard_size=shard_size)
+    recipe = dict(v=v, compression_seed=seed, noise_seed=seed, noises=noises)
+    recipe |= dict(factored=[list(w) for w in weights], dtype=dtype, shard_size=shard_size)
     manifest = Manifest(objective.describe(), "", d, timesteps, **recipe)
     objective.check(samples)
     ids = sample_ids(samples, check=objective.check_image)
