@@ -9,6 +9,7 @@ __all__ = ['DTYPES', 'scaled', 'check_fewer_bits', 'stored_width', 'check_storab
 # %% ../../nbs/core/12_dtypes.ipynb #49a95e0b
 import math
 import warnings
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -78,9 +79,13 @@ def _turn(x: torch.Tensor) -> torch.Tensor:   # (m, v) float32
     return x / math.sqrt(v)
 
 
+@lru_cache
+def _rotation_signs(v: int) -> torch.Tensor: return random_signs(_ROTATION, 0, v)
+
+
 def rotate(x: torch.Tensor, back: bool = False) -> torch.Tensor:   # (…, v) float32, v a power of two
     """The numbers turned by a fixed random rotation, or back: random signs and a Walsh-Hadamard transform."""
-    v, signs = x.shape[-1], random_signs(_ROTATION, 0, x.shape[-1])
+    v, signs = x.shape[-1], _rotation_signs(x.shape[-1])
     parts = x.float().reshape(-1, v).split(max(1, _AT_A_TIME // v))
     turned = [_turn(part) * signs if back else _turn(part * signs) for part in parts]
     return torch.cat(turned).view(x.shape)

@@ -11,6 +11,7 @@ import hashlib
 import json
 import re
 import secrets
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,7 @@ from .scores import cosines, query_vectors, Ranking
 from .shards import ids_digest
 
 # %% ../../nbs/core/15_index.ipynb #232f4e1f
+@lru_cache
 def _folding(width: int | None):
     """What makes the graph's vectors (n, …) of long ones; None: nothing does."""
     return (lambda flat: flat) if width is None else Compressor(width)
@@ -78,9 +80,10 @@ class Index:
         self,
         queries,                 # a data set, an image or several; or their `Gradients`
         k: int = 10,             # how many
-        ef: int = 200,           # candidates kept while searching; more: slower, higher recall
-        rerank: int | None = None,   # so many of them are ordered by their exact scores; None: 100, at least
-                                     # 5 k, of vectors compressed once more, and none of whole ones
+        ef: int | None = None,   # candidates kept while searching; more: slower, higher recall; None: 100, or
+                                 # 20 k where that is more
+        rerank: int | None = None,   # so many of them are ordered by their exact scores; None: 50, at least
+                                     # 10 k, of vectors compressed once more, and none of whole ones
         weights=None,            # (T,) of the timesteps; None: 1 each
     ) -> Ranking:
         """The k most influential samples of each query, nearly always, by normalised gradients.
@@ -95,7 +98,7 @@ class Index:
         rows, scores = _candidates(self, unit * weights[:, None], k, ef, rerank)
         return Ranking(rows, scores, "Most influential (HNSW)", samples, self.store.samples)
 
-    def recall(self, queries, k: int = 10, ef: int = 200, rerank: int | None = None) -> float:
+    def recall(self, queries, k: int = 10, ef: int | None = None, rerank: int | None = None) -> float:
         """Share of the exact top k that the index finds, mean over queries: what `search` takes."""
         ef, k, rerank = self._numbers(ef, k, rerank)
         g = queries if isinstance(queries, Gradients) else self.store.gradients(queries)
@@ -105,8 +108,9 @@ class Index:
         return float((exact[:, :, None] == rows[:, None, :]).any(2).float().mean())
 
     def _numbers(self, ef, k, rerank):
-        ef, k = whole("ef", ef, most=2**31 - 1), whole("k", k, most=self.about["samples"])
-        if rerank is None: return ef, k, max(100, 5 * k) if self.about["width"] else 0
+        k = whole("k", k, most=self.about["samples"])
+        ef = max(100, 20 * k) if ef is None else whole("ef", ef, most=2**31 - 1)
+        if rerank is None: return ef, k, max(50, 10 * k) if self.about["width"] else 0
         return ef, k, whole("rerank", rerank, 0)
 
 # %% ../../nbs/core/15_index.ipynb #80372993

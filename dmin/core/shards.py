@@ -360,6 +360,8 @@ class MappedShards:
 
     def __len__(self) -> int: return len(self._open)
 
+    def __contains__(self, name: str) -> bool: return name in self._open
+
     def open(self, name: str) -> Shard:
         """A shard by its file's name. Raises what `read_shard` does."""
         if name not in self._open:
@@ -440,8 +442,10 @@ class ShardFiles:
 
         Raises what `read_shard` does, and `ValueError` when another process has merged or removed it.
         """
+        known = name in self.mapped and name in self.rows   # looked at already
         try: shard = self.mapped.open(name)
         except FileNotFoundError: shard = None
+        if known: return shard
         if shard is not None and name in self.rows and torch.equal(shard.rows, self.rows[name]): return shard
         self.mapped.close(name)
         raise self.changed(name)
@@ -525,19 +529,22 @@ def _merge(files: ShardFiles, names: list[str]) -> None:
     files.put({k: torch.cat([x[k] for x in shards]) for k in shards[0]}, names)
 
 # %% ../../nbs/core/13_shards.ipynb #e978e18a
-def gather(files: ShardFiles, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The stored gradients (m, T, …) of rows (m,) int64, all of which are there, and their scales (m, T)."""
+def gather(files: ShardFiles, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+    """The stored gradients (m, T, …) of rows (m,) int64, all of which are there, and their scales (m, T), in
+    the order in which they are stored; and that order (m,), which row each one is of.
+    """
     (names, shard, place), m = files.places(), files.source.manifest
     T, width = len(m.timesteps), stored_width(m.width, m.dtype)
     gradients = torch.empty(len(rows), T, width, dtype=DTYPES[m.dtype])
     scales = torch.empty(len(rows), T) if scaled(m.dtype) else None
     by_shard = shard[rows].argsort(stable=True)
     which, counts = shard[rows][by_shard].unique_consecutive(return_counts=True)
-    for s, here in zip(which.tolist(), by_shard.split(counts.tolist())):
-        opened, there = files.open(names[s]), place[rows[here]]
-        gradients[here] = opened.gradients[there]
-        if scales is not None: scales[here] = opened.scales[there]
-    return gradients, scales
+    first, ordered = 0, place[rows[by_shard]]
+    for s, there in zip(which.tolist(), ordered.split(counts.tolist())):
+        opened, to = files.open(names[s]), slice(first, first := first + len(there))
+        torch.index_select(opened.gradients, 0, there, out=gradients[to])
+        if scales is not None: torch.index_select(opened.scales, 0, there, out=scales[to])
+    return gradients, scales, by_shard
 
 # %% ../../nbs/core/13_shards.ipynb #64b6ea1f
 def _check_missing(present: torch.Tensor, rows: torch.Tensor) -> None:
@@ -720,7 +727,8 @@ class ShardFolder:
         """
         rows = torch.arange(len(self)) if rows is None else torch.as_tensor(rows, dtype=torch.int64)
         if not self._files.present()[rows].all(): self.check_complete()
-        return unpack(*gather(self._files, rows))
+        *stored, order = gather(self._files, rows)
+        return unpack(*stored)[order.argsort()]
 
     def products(self, rows: torch.Tensor, by: Columns) -> torch.Tensor:   # (T, m, q) float32
         """Inner products of rows (m,) int64 with queries, see `dmin.core.dtypes.columns`.
@@ -728,7 +736,8 @@ class ShardFolder:
         Raises `ValueError` when one is missing.
         """
         if not self._files.present()[rows].all(): self.check_complete()
-        return products(*gather(self._files, rows), by)
+        *stored, order = gather(self._files, rows)
+        return products(*stored, by)[:, order.argsort()]
 
     def per_sample(self, what: str) -> torch.Tensor:   # (n_train, T)
         """`norms` or `losses` of all samples."""
