@@ -15,9 +15,11 @@ from typing import NamedTuple
 
 import torch
 
+from .answers import Answer, chosen, known_columns
 from .checks import timestep_weights, whole
 from .dtypes import columns
 from .gradients import Gradients
+from .groups import by_group, Groups
 from .images import as_samples
 from .regions import fade_outside, one_region_each
 from .shards import Shard
@@ -92,9 +94,26 @@ _NO_SAMPLES = "the training images are not known: open the store with open_store
 _NO_QUERIES = ("the queries' images are not known, only their gradients: give influence the images"
                " themselves")
 
+# %% ../../nbs/core/14_scores.ipynb #78e1873e
+def _as_lines(ranking: "Ranking", samples):   # a DataFrame
+    """A line for each sample of each query."""
+    import pandas as pd
+    q, k = ranking.rows.shape
+    rows = ranking.rows.flatten().tolist()
+    lines = {"query": [i for i in range(q) for _ in range(k)], "rank": [*range(1, k + 1)] * q, "row": rows}
+    lines["score"] = ranking.scores.flatten().tolist()
+    if ranking.ranks is not None:
+        low, high = ranking.ranks.flatten(0, 1).aminmax(dim=1)
+        lines |= {"lowest_rank": low.tolist(), "highest_rank": high.tolist()}
+        lines["stable"] = ranking.stable.flatten().tolist()
+    if ranking.shown_with or ranking.heading: lines = {"ranking": [ranking.heading] * len(rows)} | lines
+    for name, column in (known_columns(samples, rows) if samples is not None else {}).items():
+        lines[f"sample_{name}" if name in lines else name] = column
+    return pd.DataFrame(lines)
+
 # %% ../../nbs/core/14_scores.ipynb #59e4ae7d
 @dataclass(repr=False)
-class Ranking:
+class Ranking(Answer):
     """The k training samples that a ranking puts first, for each query."""
     rows: torch.Tensor      # (n_queries, k) positions in the training data set
     scores: torch.Tensor    # (n_queries, k)
@@ -127,23 +146,37 @@ class Ranking:
         """A matplotlib figure: each query, then its training images with rank, score and label."""
         return attribution_figure(self.strips())
 
-    def save(self, path: str | Path) -> Path:
-        """Writes the figure; the format is that of the file's name."""
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        self.figure().savefig(path, dpi=200)
-        return Path(path)
+    def to_pandas(self):   # a DataFrame
+        """A line for each training sample of each query: its row, rank and score, and what is known of it."""
+        import pandas as pd
+        parts = [_as_lines(part, self.samples) for part in (self, *self.shown_with)]
+        return pd.concat(parts, ignore_index=True)
 
-    def _repr_html_(self) -> str:
+    def __len__(self) -> int: return len(self.rows)
+
+    def __getitem__(self, which) -> "Ranking":
+        """Of some queries: one, a slice or several."""
+        some = chosen(which, len(self))
+        ranks = None if self.ranks is None else self.ranks[some]
+        queries = None if self.queries is None else self.queries.select(some)
+        with_them = tuple(part[some] for part in self.shown_with)
+        parts = dict(rows=self.rows[some], scores=self.scores[some], ranks=ranks)
+        return replace(self, queries=queries, shown_with=with_them, **parts)
+
+    def body(self, most: int | None = None) -> str:
+        """As HTML, of at most so many queries."""
         if self.samples is None or self.queries is None: return f"<pre>{html.escape(repr(self))}</pre>"
-        more = len(self.rows) - _SHOWN
-        note = f"<p>… and {more} more queries</p>" if more > 0 else ""
-        return attribution_html(self.strips()[:_SHOWN * (1 + len(self.shown_with))]) + note
+        shown = self if most is None else self[:most]
+        note = f"<p>… and {len(self) - most} more queries</p>" if len(shown) < len(self) else ""
+        return attribution_html(shown.strips()) + note
+
+    def _repr_html_(self) -> str: return self.body(_SHOWN)
 
     def __repr__(self) -> str: return "\n".join(_lines(self))
 
 # %% ../../nbs/core/14_scores.ipynb #e4cd3074
 @dataclass(repr=False)
-class Scores:
+class Scores(Answer):
     """Influence of every training sample on every query.
 
     `top(k)` and `bottom(k)` rank them and draw themselves.
@@ -188,7 +221,45 @@ class Scores:
         """The k opponents of each query, most negative first. Raises what `top` raises."""
         return _ranked(self, k, "Opponents: the lowest scores", largest=False)
 
+    def to_pandas(self):   # a DataFrame
+        """A line for each training sample: its row, what is known of it, and its score for each query."""
+        import pandas as pd
+        n = self.per_timestep.shape[1]
+        known = {} if self.samples is None else known_columns(self.samples, range(n))
+        lines = {"row": range(n)} | {f"sample_{k}" if k == "row" else k: x for k, x in known.items()}
+        return pd.DataFrame(lines | {f"query {q}": x.tolist() for q, x in enumerate(self.values)})
+
+    def by(self, groups: str | Sequence, k: int | None = None) -> Groups:
+        """Summed by a column of the training samples, such as "artist", or by a value for each, such as what
+        `near_duplicates(store)` gives. `k`: of the first samples, how many count as found; None: 10.
+
+        Raises `ValueError` for a column that is not there, or not as many values as samples.
+        """
+        return by_group(self.values, groups, k, self.queries, self.samples)
+
+    @property
+    def heading(self) -> str: return repr(self)
+
+    def body(self, k: int = 10) -> str:
+        """The first k of each query as HTML."""
+        return self.top(min(k, self.per_timestep.shape[1])).body()
+
+    def figure(self, k: int = 10):
+        """The first k of each query as a matplotlib figure."""
+        return self.top(min(k, self.per_timestep.shape[1])).figure()
+
     def __len__(self) -> int: return len(self.per_timestep)
+
+    def __getitem__(self, which) -> "Scores":
+        """Of some queries: one, a slice or several."""
+        some = chosen(which, len(self))
+        queries = None if self.queries is None else self.queries.select(some)
+        repeats = tuple(scores[some] for scores in self.repeats)
+        return replace(self, per_timestep=self.per_timestep[some], queries=queries, repeats=repeats)
+
+    def __array__(self, dtype=None, copy=None):
+        """(n_queries, n_train)"""
+        return self.values.numpy() if dtype is None else self.values.numpy().astype(dtype)
 
     def _repr_html_(self) -> str: return self.top(min(5, self.per_timestep.shape[1]))._repr_html_()
 
