@@ -6,8 +6,9 @@ __version__ = "0.0.1"
 # %% auto #0
 __all__ = ['load_mixture', 'load_images', 'load_pipeline', 'generate', 'finetune', 'save_trained', 'add_lora', 'load_lora',
            'save_lora', 'collect', 'open_store', 'Store', 'build_index', 'open_index', 'Scores', 'Ranking', 'DMin',
-           'attribute', 'Objective', 'ModelObjective', 'Family', 'make_objective', 'register_family',
-           'register_objective', 'select_timesteps', 'sample_gradients', 'standard_error', 'preset', 'show_images']
+           'attribute', 'near_duplicates', 'report', 'Objective', 'ModelObjective', 'Family', 'make_objective',
+           'register_family', 'register_objective', 'select_timesteps', 'sample_gradients', 'standard_error', 'preset',
+           'show_images']
 
 # %% ../nbs/api.ipynb #8afb9a96
 import logging as _logging
@@ -34,6 +35,8 @@ _PLACES = {
     "Ranking":            "dmin.core.scores",
     "DMin":               "dmin.methods.dmin",
     "attribute":          "dmin.methods.choosing",
+    "near_duplicates":    "dmin.measures.duplicates",
+    "report":             "dmin.measures.report",
     "Objective":          "dmin.core.objective",
     "ModelObjective":     "dmin.families.own_model",
     "Family":             "dmin.core.registry",
@@ -51,6 +54,7 @@ _all_ = [
     "load_mixture", "load_images", "load_pipeline", "generate", "finetune", "save_trained",
     "add_lora", "load_lora", "save_lora",
     "collect", "open_store", "Store", "build_index", "open_index", "Scores", "Ranking", "DMin", "attribute",
+    "near_duplicates", "report",
     "Objective", "ModelObjective", "Family", "make_objective", "register_family", "register_objective",
     "select_timesteps", "sample_gradients", "standard_error", "preset", "show_images"]
 
@@ -78,6 +82,8 @@ if TYPE_CHECKING:
     from dmin.core.timesteps import select_timesteps
     from dmin.families.own_model import ModelObjective
     from dmin.lora import add_lora, load_lora, save_lora
+    from dmin.measures.duplicates import near_duplicates
+    from dmin.measures.report import report
     from dmin.methods.choosing import attribute
     from dmin.methods.dmin import DMin
     from dmin.pipelines import generate, load_pipeline

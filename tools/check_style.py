@@ -77,6 +77,7 @@ LONG = {
     "generate": 26,
     "sample_gradients": 39,
     "collect": 55,
+    "report": 29,
     "counterfactual": 28,
     # configurations of tiny models
     "tiny_unet": 31,

@@ -57,9 +57,9 @@ def _heading(ranking: "Ranking", q: int, mark: str) -> str:
 def _strip(ranking: "Ranking", part: "Ranking", q: int, query: dict) -> Strip:
     """A query's training images by one of the rankings that are shown together; the first shows the query."""
     samples, titles = [ranking.samples[int(i)] for i in part.rows[q]], []
-    for rank, (score, sample) in enumerate(zip(part.scores[q], samples), 1):
-        lines = [f"{rank}  {score:+.3f}", _caption(sample, ranking.samples)]
-        if part.ranks is not None: lines.insert(1, _rank_range(part.ranks[q, rank - 1]))
+    for rank, (row, score, sample) in enumerate(zip(part.rows[q], part.scores[q], samples), 1):
+        lines = [f"{rank}  {score:+.3f}", f"row {row}", _caption(sample, ranking.samples)]
+        if part.ranks is not None: lines.insert(2, _rank_range(part.ranks[q, rank - 1]))
         titles.append("\n".join(lines))
     images, heading = [sample["image"] for sample in samples], _heading(part, q, "framed")
     marked = None if part.ranks is None else part.stable[q].tolist()
@@ -94,7 +94,7 @@ _NO_SAMPLES = "the training images are not known: open the store with open_store
 _NO_QUERIES = ("the queries' images are not known, only their gradients: give influence the images"
                " themselves")
 
-# %% ../../nbs/core/14_scores.ipynb #78e1873e
+# %% ../../nbs/core/14_scores.ipynb #b56b5ba5
 def _as_lines(ranking: "Ranking", samples):   # a DataFrame
     """A line for each sample of each query."""
     import pandas as pd

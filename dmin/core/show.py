@@ -270,13 +270,18 @@ def _img(image, side: int, style: str) -> str:
     return f'<img src="data:image/png;base64,{data}" alt="" width="{w}" height="{h}" style="{style}">'
 
 # %% ../../nbs/core/05_show.ipynb #40609129
+_TWO_LINES = "display:-webkit-box;-webkit-line-clamp:2;-webkit-box-orient:vertical;overflow:hidden"
+
+
 def _figure(image: str, side: int, title: str, bold: bool) -> str:
-    """An <img> in the middle of a square, with its title below."""
+    """An <img> in the middle of a square, with its title below, cut after two lines; all of it on hovering."""
     first, *rest = html.escape(title).split("\n")
-    lines = [f"<b>{first}</b>" if bold else first, *(_tag("span", "opacity:.75", line) for line in rest)]
+    lines = [f"<b>{first}</b>" if bold else first]
+    lines += [_tag("div", f"opacity:.75;{_TWO_LINES}", line) for line in rest if line]
     middle = f"height:{side}px;display:flex;align-items:center;justify-content:center"
     square = _tag("div", middle, image)
-    return _tag("div", f"width:{side}px;text-align:center;overflow-wrap:anywhere", square, "<br>".join(lines))
+    whole = _tag("div", f"width:{side}px;text-align:center;overflow-wrap:anywhere", square, *lines)
+    return whole.replace("<div ", f'<div title="{html.escape(title)}" ', 1)
 
 # %% ../../nbs/core/05_show.ipynb #b16e34c6
 def _strip_html(strip: Strip) -> str:
@@ -284,15 +289,15 @@ def _strip_html(strip: Strip) -> str:
     around, edges = "box-sizing:border-box;border", ("1px solid rgba(128,128,128,.4)", f"3px solid {_MARK}")
     query, heading, thumbs = "", "", ""
     if strip.query_image is not None:
-        image = _img(strip.query_image, 104, f"{around}:2px solid {_QUERY}")
-        query = _figure(image, 104, strip.query_title, bold=False)
+        image = _img(strip.query_image, 128, f"{around}:2px solid {_QUERY}")
+        query = _figure(image, 128, strip.query_title, bold=False)
     if strip.heading: heading = _tag("div", "opacity:.75;margin-bottom:4px", html.escape(strip.heading))
     for image, title, (framed, bold) in zip(strip.images, strip.titles, _looks(strip)):
-        thumbs += _figure(_img(image, 72, f"{around}:{edges[framed]}"), 72, title, bold)
+        thumbs += _figure(_img(image, 96, f"{around}:{edges[framed]}"), 96, title, bold)
     thumbs = _tag("div", "display:flex;flex-wrap:wrap;gap:8px", thumbs)
     return _tag(
         "div", "display:flex;gap:14px;margin:8px 0",
-        _tag("div", "flex:none;width:104px", query),
+        _tag("div", "flex:none;width:128px", query),
         _tag("div", "border-left:1px solid rgba(128,128,128,.5);padding-left:14px", heading, thumbs))
 
 # %% ../../nbs/core/05_show.ipynb #d14ddcb1

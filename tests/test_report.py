@@ -1,0 +1,66 @@
+"""A report says what its scores say, and refuses what a filed page may not be made of."""
+import re
+
+import pytest
+from conftest import make_pipeline
+
+from dmin import collect, DMin, report
+from dmin.methods.similarity import RawPixels
+from dmin.methods.stability import collect_seeds, Repeated
+
+RECIPE = dict(v=64, timesteps=2, progress=False)
+
+
+@pytest.fixture(scope="module")
+def store(digits, tmp_path_factory):
+    return collect(make_pipeline(), digits, tmp_path_factory.mktemp("report") / "s", **RECIPE)
+
+
+def rows_of(text): return [int(x) for x in re.findall(r">row (\d+)<", text)]
+
+
+def test_what_is_in_it(store, digits, tmp_path):
+    asked = digits.select([3, 17])
+    methods = [DMin(store), RawPixels(digits)]
+    path = report(store, asked, methods, tmp_path / "new" / "r.html", k=4, by=["label"])
+    text = path.read_text(encoding="utf-8")
+    rankings, groups = text.split("<h2>By label")
+    expected = []
+    for q in range(2):   # each query by each method
+        for m in methods: expected += m.influence(asked).top(4).rows[q].tolist()
+    assert rows_of(rankings) == expected
+    assert all(name in rankings for name in ("DMin", "Raw pixels", "Agreement"))
+    best = DMin(store).influence(asked).by("label", 4).to_pandas().iloc[0]
+    assert f"{best['label']}: excess" in groups
+    for said in (store.manifest.model, store.manifest.fingerprint(), "noise 0, compression 0", "torch"):
+        assert said in groups
+    assert not re.search(r'(src|href)="(?!data:)', text)
+
+
+def test_alone_it_is_dmin_and_text(store, digits):
+    text = report(store, digits[5]["image"], k=3)
+    assert rows_of(text)[0] == 5 and "Agreement" not in text and "By " not in text
+
+
+def test_what_is_stable_is_marked(digits, tmp_path):
+    stores = collect_seeds(make_pipeline(), digits, tmp_path / "s", 2, **RECIPE)
+    text = report(stores[0], digits.select([5]), [Repeated(stores)], k=3)
+    assert "stable (framed): among the first 3 under each of 2 seeds" in text
+
+
+def test_a_damaged_file_is_not_filed(digits, tmp_path):
+    store = collect(make_pipeline(), digits.select(range(4)), tmp_path / "s", **RECIPE)
+    shard = next(store.folder.glob("shard-*"))
+    data = bytearray(shard.read_bytes())
+    data[-5] ^= 1
+    shard.write_bytes(data)
+    from dmin import open_store
+    again = open_store(tmp_path / "s", make_pipeline(), digits.select(range(4)))
+    with pytest.raises(ValueError, match="checksum"): report(again, digits.select([0]), path=tmp_path / "r.html")
+    assert not (tmp_path / "r.html").exists()
+
+
+def test_what_cannot_be(store, digits):
+    with pytest.raises(ValueError, match="two methods have one name"):
+        report(store, digits.select([0]), [DMin(store), DMin(store)])
+    with pytest.raises(ValueError, match="no such column"): report(store, digits.select([0]), by=["artist"])
