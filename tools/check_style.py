@@ -63,7 +63,7 @@ LONG = {
     "DigitClassifier": 42,
     "RetrainingBenchmark": 77,
     "KeptScores": 48,
-    "_PLACES": 30,
+    "_PLACES": 32,
     "Study": 52,
     "PromptedRecipe": 26,
     "StoreCache": 40,

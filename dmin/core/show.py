@@ -274,7 +274,7 @@ _TWO_LINES = "display:-webkit-box;-webkit-line-clamp:2;-webkit-box-orient:vertic
 
 
 def _figure(image: str, side: int, title: str, bold: bool) -> str:
-    """An <img> in the middle of a square, with its title below, cut after two lines; all of it on hovering."""
+    """An <img> in the middle of a square, with its title below, cut at two lines; all of it on hovering."""
     first, *rest = html.escape(title).split("\n")
     lines = [f"<b>{first}</b>" if bold else first]
     lines += [_tag("div", f"opacity:.75;{_TWO_LINES}", line) for line in rest if line]
