@@ -1,5 +1,6 @@
 # make quickstart   installs into .venv, runs the quickstart notebook into out/
 # make test         installs into .venv, checks and runs everything in the smoke preset
+# make docs         builds the site into out/docs/html from the notebooks as they are, and checks its links
 # make paper        every table and figure into out/paper/<preset>; PRESET=smoke, mini or paper; ONLY="table_2 figure_1" runs some
 PYTHON ?= python3
 VENV ?= .venv
@@ -21,9 +22,10 @@ INSTALLED := $(VENV)/.installed
 export JUPYTER_PREFER_ENV_PATH = 1
 unexport MPLBACKEND
 
-.PHONY: help install quickstart paper test benchmark keep export notebooks readme clean
+.PHONY: help install quickstart docs paper test benchmark keep export notebooks readme clean
 help:
 	@echo 'quickstart  install, run nbs/tutorials/quickstart.ipynb into out/'
+	@echo 'docs        install, build the site into out/docs/html, check its links; runs no notebook'
 	@echo 'paper       install, run nbs/paper in PRESET=$(PRESET) into out/paper/$(PRESET), sum up; ONLY="table_2 …" runs some'
 	@echo 'test        install, check the notebooks, run each in the smoke preset, and the tests'
 	@echo 'benchmark   install, make what is missing of the retraining benchmark NAME=$(NAME) in JOBS processes'
@@ -54,6 +56,10 @@ $(INSTALLED): pyproject.toml constraints.txt tests/peers.txt
 
 quickstart: $(INSTALLED)
 	DMIN_PRESET=$(PRESET) $(PY) tools/run_notebook.py nbs/tutorials/quickstart.ipynb --output out/quickstart.ipynb
+
+docs: $(INSTALLED)
+	$(PY) -m pip install --progress-bar off '.[docs]' -c constraints.txt
+	$(PY) tools/make_docs.py
 
 paper: $(INSTALLED)
 	DMIN_PRESET=$(PRESET) $(PY) tools/run_paper.py $(ONLY)
