@@ -1,8 +1,12 @@
-"""Runs the notebooks of nbs/paper, one after another, and sums up what each found.
+"""Runs the notebooks of nbs/paper and sums up what each found.
 
 python tools/run_paper.py                      # all, in the preset that DMIN_PRESET names, mini by default
 python tools/run_paper.py table_2 figure_1     # some
 python tools/run_paper.py --again              # also those that are done
+python tools/run_paper.py --lanes 1            # one after another
+
+D-TRAK's and K-FAC's notebooks share a model and its stores, and DMin's share others: where there is no GPU and more
+than one core, the two run beside one another, with half of the cores each.
 
 Executed notebooks and summary.md go to out/paper/<preset>, numbers to out/results/<preset>, stores to out (smoke:
 all in out/smoke); DMIN_OUT, if set, takes the place of out and out/smoke. The summary says which parts were judged
@@ -15,7 +19,9 @@ import json
 import os
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Lock
 
 import nbformat
 
@@ -57,7 +63,7 @@ def summary(done: dict, preset: str, about: str) -> str:
     statuses = [c["status"] for entry in done.values() for c in entry["claims"]]
     counts = ", ".join(f"{statuses.count(s)} {s}" for s in dict.fromkeys(statuses))
     minutes = sum(e["seconds"] for e in done.values()) / 60
-    lines += ["", f"{len(done)} notebooks, {minutes:.0f} min; {counts}"]
+    lines += ["", f"{len(done)} notebooks, {minutes:.0f} min of one after another; {counts}"]
     if known: lines.append(f"As shipped: {same} of {known}")
     return "\n".join(lines) + "\n"
 
@@ -66,6 +72,13 @@ def places(preset: str, chosen: str | None) -> tuple[Path, Path]:
     """The folders for executed notebooks and for what they make; `chosen` is DMIN_OUT as the user set it."""
     if chosen: return Path(chosen).absolute() / "paper" / preset, Path(chosen).absolute()
     return ROOT / "out" / "paper" / preset, ROOT / "out" / "smoke" if preset == "smoke" else ROOT / "out"
+
+
+def lanes(names: list[str], most: int) -> list[list[str]]:
+    """Which notebooks run after one another: those that share stores, or all where only one may run at a time."""
+    if most == 1: return [names]
+    digits = [n for n in names if n.startswith(("dtrak", "kfac"))]
+    return [lane for lane in ([n for n in names if n not in digits], digits) if lane]
 
 
 def main() -> int:
@@ -79,6 +92,7 @@ def main() -> int:
         help="keep the seconds in results/times.json, which the claims table shows; only after a run from"
              " empty folders",
     )
+    parser.add_argument("--lanes", type=int, choices=(1, 2), help="notebooks at a time; by default by the machine")
     args = parser.parse_args()
 
     preset = os.environ.setdefault("DMIN_PRESET", "mini")
@@ -96,18 +110,30 @@ def main() -> int:
     record, m = folder / "done.json", machine()
     done = json.loads(record.read_text()) if record.exists() else {}
     about = f"{m['processor']}, {m['cores']} cores, " + (m["gpu"] or "no GPU")
-    for i, name in enumerate(args.names or names, 1):
-        notebook, result = ROOT / "nbs" / "paper" / f"{name}.ipynb", results_folder() / f"{name}.json"
-        of = digest(notebook)
-        if not args.again and done.get(name, {}).get("of") == of and done[name]["ok"] and result.exists():
-            print(f"{name}: done already, {folder / name}.ipynb", flush=True)
-            continue
-        print(f"\n{'=' * 20} {name} ({i} of {len(args.names or names)})", flush=True)
-        start = time.perf_counter()
-        ok = run(notebook, folder / f"{name}.ipynb", timeout=None)
-        claims = json.loads(result.read_text())["result"]["claims"] if ok else []
-        done[name] = {"of": of, "ok": ok, "seconds": round(time.perf_counter() - start, 1), "claims": claims}
-        record.write_text(json.dumps(done, indent=1))
+    wanted, lock = args.names or names, Lock()
+
+    def done_already(name, of):
+        return not args.again and done.get(name, {}).get("of") == of and done[name]["ok"] \
+            and (results_folder() / f"{name}.json").exists()
+
+    def run_lane(lane):
+        for name in lane:
+            notebook, result = ROOT / "nbs" / "paper" / f"{name}.ipynb", results_folder() / f"{name}.json"
+            if done_already(name, of := digest(notebook)):
+                print(f"{name}: done already, {folder / name}.ipynb", flush=True)
+                continue
+            print(f"\n{'=' * 20} {name} ({wanted.index(name) + 1} of {len(wanted)})", flush=True)
+            start = time.perf_counter()
+            ok = run(notebook, folder / f"{name}.ipynb", timeout=None)
+            claims = json.loads(result.read_text())["result"]["claims"] if ok else []
+            entry = {"of": of, "ok": ok, "seconds": round(time.perf_counter() - start, 1), "claims": claims}
+            with lock:
+                done[name] = entry
+                record.write_text(json.dumps(done, indent=1))
+
+    apart = lanes(wanted, args.lanes or (2 if m["cores"] > 1 and not m["gpu"] else 1))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, m["cores"] // len(apart))))
+    with ThreadPoolExecutor(len(apart)) as pool: list(pool.map(run_lane, apart))
     ordered = {n: done[n] for n in names if n in done}
     (folder / "summary.md").write_text(summary(ordered, preset, about))
     print(
@@ -120,7 +146,7 @@ def main() -> int:
         seconds = times.get(preset, {}).get("seconds", {}) | {
             n: e["seconds"] for n, e in ordered.items() if e["ok"]}
         path.write_text(json.dumps(times | {preset: {"machine": about, "seconds": seconds}}, indent=1) + "\n")
-    return 0 if all(done[n]["ok"] for n in args.names or names) else 1
+    return 0 if all(done[n]["ok"] for n in wanted) else 1
 
 
 if __name__ == "__main__": sys.exit(main())
