@@ -5,6 +5,7 @@ import json
 import os
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -178,6 +179,16 @@ def test_what_is_done_is_not_redone(tmp_path):
     assert (
         re.search(r"2 notebooks", (folder / "summary.md").read_text())
         and "reproduced" in (folder / "summary.md").read_text())
+
+
+def test_notebooks_that_share_stores_run_after_one_another():
+    sys.path.insert(0, str(ROOT / "tools"))
+    from run_paper import lanes
+    names = paper_notebooks()
+    assert lanes(names, 1) == [names] and lanes(["table_1"], 2) == [["table_1"]]
+    papers, digits = lanes(names, 2)
+    assert sorted(papers + digits) == sorted(names)
+    assert [n.startswith(("dtrak", "kfac")) for n in papers + digits] == [False] * 12 + [True] * 8
 
 
 def test_unknown_notebook_is_named(tmp_path):
