@@ -49,7 +49,13 @@ def test_scores_as_people_expect(scores):
     assert scores[1].top(1).rows.tolist() == [[17]]
     for wrong in (3, -4):
         with pytest.raises(IndexError, match="there are 3"): scores[wrong]
-    with pytest.raises(TypeError, match="a query's number"): scores["first"]
+    for wrong in ("first", "1", 1.7, None):
+        with pytest.raises(TypeError, match="a query's number"): scores[wrong]
+    mask = [True, False, True]   # not rows 1, 0 and 1
+    for wrong in (mask, np.array(mask), torch.tensor(mask)):
+        with pytest.raises(TypeError, match="numbers of queries are needed"): scores[wrong]
+    for i in (torch.tensor(1), np.int64(1), np.array(1)): assert torch.equal(scores[i].values, values[1:2])
+    with pytest.raises(ValueError, match="a copy is needed"): np.array(scores, copy=False)
 
 
 def test_rankings_as_people_expect(scores):

@@ -186,9 +186,18 @@ def test_notebooks_that_share_stores_run_after_one_another():
     from run_paper import lanes
     names = paper_notebooks()
     assert lanes(names, 1) == [names] and lanes(["table_1"], 2) == [["table_1"]]
-    papers, digits = lanes(names, 2)
-    assert sorted(papers + digits) == sorted(names)
-    assert [n.startswith(("dtrak", "kfac")) for n in papers + digits] == [False] * 12 + [True] * 8
+    papers, digits, timed = lanes(names, 2)
+    assert sorted(papers + digits + timed) == sorted(names) and timed == ["table_4", "table_6"]
+    assert [n.startswith(("dtrak", "kfac")) for n in papers + digits] == [False] * 10 + [True] * 8
+
+
+def test_two_notebooks_at_a_time(tmp_path):
+    """Each by a process of its own, and both are summed up."""
+    done = run(tmp_path, "--lanes", "2", "table_7", "kfac_figure_3")
+    assert done.returncode == 0, done.stderr[-2000:]
+    summary = (tmp_path / "paper" / "smoke" / "summary.md").read_text()
+    assert "2 notebooks" in summary and "| table_7 |" in summary and "| kfac_figure_3 |" in summary
+    assert "done already" in run(tmp_path, "table_7", "kfac_figure_3", "--lanes", "2").stdout
 
 
 def test_unknown_notebook_is_named(tmp_path):

@@ -6,6 +6,7 @@ import torch
 from conftest import make_pipeline, one_by_one
 from torch import nn
 
+import dmin.core.gradients
 from dmin import collect, DMin, open_store
 from dmin.core.compression import Compressor, random_words, standard_error
 from dmin.core.factors import (
@@ -13,7 +14,7 @@ from dmin.core.factors import (
 from dmin.core.gradients import PerSampleGradients, sample_gradients
 from dmin.core.registry import make_objective
 
-LEAST = 500   # so that small networks' weights count as large
+LEAST = 60   # so that small networks' weights count as large, convolutions' from 480 numbers on
 
 
 def by_places(gradient, v, seed, weights):   # (n, d) float64 -> (n, v)
@@ -120,6 +121,20 @@ def test_layers(make, shape, v):
     assert torch.allclose(norms, compress.norms(truth), rtol=1e-4)
 
 
+@pytest.mark.parametrize("layer, shape", [
+    (nn.Conv2d(6, 20, 3, padding=1), (7, 6, 5, 5)), (nn.Linear(30, 40), (7, 6, 30))])
+def test_some_samples_at_a_time(layer, shape, monkeypatch):
+    """As where what a convolution unfolds would be too large."""
+    x, parameters = torch.randn(shape), dict(layer.named_parameters())
+    def loss(): return layer(x).square().flatten(1).mean(1)
+    found = []
+    for part in (2**20, 1000):
+        monkeypatch.setattr(dmin.core.gradients, "_PART", part)
+        with PerSampleGradients(layer, parameters, FactoredCompressor(64, 1, factored_weights(parameters, 60))) as g:
+            found.append(g(loss, 7))
+    for a, b in zip(*found): assert torch.allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("batch_size, noises", [(64, 1), (3, 1), (5, 2), (2, 3)])
 def test_of_a_network_in_any_batch(digits, batch_size, noises):
     objective = make_objective(make_pipeline())
@@ -184,7 +199,8 @@ def test_only_large_weights(pipe):
     parameters = make_objective(pipe).parameters
     assert factored_weights(parameters) == []   # of a million numbers
     found, d = factored_weights(parameters, LEAST), sum(p.numel() for p in parameters.values())
-    sizes = [p.numel() for p in parameters.values() if p.ndim > 1 and p.numel() >= LEAST]
+    def least(p): return LEAST if p[0, 0].numel() == 1 else 8 * LEAST
+    sizes = [p.numel() for p in parameters.values() if p.ndim > 1 and p.numel() >= least(p)]
     assert [w.end - w.start for w in found] == sizes and all(w.end <= d for w in found)
 
 

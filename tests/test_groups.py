@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import make_pipeline
 from datasets import ClassLabel, concatenate_datasets, Dataset, Features, Image, Value
+from scipy.stats import t as student
 
 from dmin import collect, Scores
 from dmin.core.groups import by_group, group_names, NONE
@@ -30,23 +31,37 @@ def test_sums_against_loops(values):
             excess = own.sum() - len(own) * values[q].double().mean()
             assert math.isclose(found.excess[q, g], excess, abs_tol=1e-9)
             assert found.found[q, g] == sum(LABELS[i] == name for i in first)
-            if len(own) > 1:
-                margin = 1.96 * len(own) * own.std() / len(own) ** .5
+            if len(own) >= 5:
+                margin = student.ppf(.975, len(own) - 1) * len(own) * own.std() / len(own) ** .5
                 assert math.isclose(found.margin[q, g], margin, rel_tol=1e-9)
             else: assert math.isnan(found.margin[q, g])
     assert found.excess.sum(1).abs().max() < 1e-9   # what one group has above the average others lack
 
 
-def test_the_interval_covers():
+@pytest.mark.parametrize("m", [5, 40])
+def test_the_interval_covers(m):
     """A group drawn from among many: its excess is that of its members' distribution, 95 times in 100."""
-    draw, inside, runs = torch.Generator().manual_seed(1), 0, 400
-    for _ in range(runs):
-        scores = torch.randn(1, 2000, generator=draw)
-        scores[0, :40] += .5
-        found = by_group(scores, ["ours"] * 40 + ["others"] * 1960)
-        true = 40 * .5 * (1 - 40 / 2000)
-        inside += bool((found.excess[0, 0] - true).abs() < found.margin[0, 0])
-    assert .91 < inside / runs < .98
+    scores = torch.randn(1000, 2000, generator=torch.Generator().manual_seed(1))
+    scores[:, :m] += .5
+    found, true = by_group(scores, ["ours"] * m + ["others"] * (2000 - m)), m * .5 * (1 - m / 2000)
+    inside = ((found.excess[:, 0] - true).abs() < found.margin[:, 0]).double().mean()
+    assert .93 < inside < .97   # 3 standard errors
+
+
+def test_columns_of_our_names(values):
+    samples = Dataset.from_dict({"samples": ["x", "y"] * 30, "query 0": [1] * 60, "score": [2] * 60})
+    scores = Scores(values[..., None], samples=samples)
+    assert set(scores.by("samples").to_pandas()["sample_samples"]) == {"x", "y"}
+    assert "x: excess" in repr(scores.by("samples"))
+    assert np.allclose(scores.to_pandas()["query 0"], values[0])
+    assert set(scores.to_pandas()["sample_query 0"]) == {1}
+
+
+def test_no_queries_and_many_groups():
+    none = by_group(torch.zeros(0, 8), ["a"] * 8)
+    assert len(none) == 0 and none.found.shape == (0, 1) and len(none.to_pandas()) == 0
+    many = by_group(torch.randn(2, 50_000), [str(i) for i in range(50_000)])
+    assert len(many.to_pandas()) == 100_000
 
 
 def test_the_order_and_the_table(values):
@@ -113,6 +128,12 @@ def test_duplicates_and_scores(repeated, digits):
     scores = repeated.influence(digits.select([4]))
     groups = scores.by(near_duplicates(repeated, .99))
     assert groups.names[groups.order(0)[0]] == "cluster 0" and groups.sizes[groups.order(0)[0]] == 3
+
+
+def test_exact_copies_have_a_cosine_of_one(repeated, tmp_path):
+    for dtype in ("float16", "int8"):
+        store = repeated if dtype == "float16" else repeated.copy_as(tmp_path / dtype, dtype)
+        assert near_duplicates(store, 1)[4] == "cluster 0"
 
 
 def test_what_cannot_be(repeated, tmp_path):

@@ -4,7 +4,7 @@ import re
 import pytest
 from conftest import make_pipeline
 
-from dmin import collect, DMin, report
+from dmin import collect, DMin, open_store, report
 from dmin.methods.similarity import RawPixels
 from dmin.methods.stability import collect_seeds, Repeated
 
@@ -45,6 +45,7 @@ def test_alone_it_is_dmin_and_text(store, digits):
 def test_what_is_stable_is_marked(digits, tmp_path):
     stores = collect_seeds(make_pipeline(), digits, tmp_path / "s", 2, **RECIPE)
     text = report(stores[0], digits.select([5]), [Repeated(stores)], k=3)
+    for store in stores: assert str(store.folder) in text and store.manifest.fingerprint() in text
     assert "stable (framed): among the first 3 under each of 2 seeds" in text
 
 
@@ -54,13 +55,19 @@ def test_a_damaged_file_is_not_filed(digits, tmp_path):
     data = bytearray(shard.read_bytes())
     data[-5] ^= 1
     shard.write_bytes(data)
-    from dmin import open_store
-    again = open_store(tmp_path / "s", make_pipeline(), digits.select(range(4)))
-    with pytest.raises(ValueError, match="checksum"): report(again, digits.select([0]), path=tmp_path / "r.html")
+    for verify in (True, False):
+        again = open_store(tmp_path / "s", make_pipeline(), digits.select(range(4)), verify=verify)
+        with pytest.raises(ValueError, match="checksum"):
+            report(again, digits.select([0]), path=tmp_path / "r.html")
+    with pytest.raises(ValueError, match="checksum"): report(store, digits.select([0]))   # which knew it before
     assert not (tmp_path / "r.html").exists()
 
 
 def test_what_cannot_be(store, digits):
     with pytest.raises(ValueError, match="two methods have one name"):
         report(store, digits.select([0]), [DMin(store), DMin(store)])
-    with pytest.raises(ValueError, match="no such column"): report(store, digits.select([0]), by=["artist"])
+    class Slow(DMin):
+        def influence(self, *_, **__): raise AssertionError("asked before all was checked")
+
+    for wrong, said in ((dict(by=["artist"]), "no such column"), (dict(k=41), "k=41"), (dict(by="label"), "a list")):
+        with pytest.raises(ValueError, match=said): report(store, digits.select([0]), [Slow(store)], **wrong)

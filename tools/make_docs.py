@@ -185,10 +185,11 @@ class Page(HTMLParser):
         self.anchors |= {known[k] for k in ("id", "name") if known.get(k)}
         if tag == "a" and known.get("href"): self.links.append(known["href"])
         if tag in ("img", "script") and known.get("src"): self.links.append(known["src"])
+        if tag == "link" and known.get("rel") == "stylesheet": self.links.append(known["href"])
 
 
 def broken(folder: Path) -> list[str]:
-    """Links within the site that lead nowhere, `page: link`, and files that are asked of other sites."""
+    """Links within the site that lead nowhere, `page: link`."""
     read = {path: Page(path.read_text(encoding="utf-8")) for path in sorted(folder.rglob("*.html"))}
     wrong = []
     for path, page in read.items():
@@ -208,6 +209,7 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="the links alone")
     options = parser.parse_args()
     site = OUT / "html"
+    if options.check and not site.exists(): parser.error(f"there is no site in {site}: build it first")
     if not options.check:
         write_source(OUT / "source")
         command = [sys.executable, "-m", "sphinx", "-b", "html", "-q", str(OUT / "source"), str(site)]

@@ -6,7 +6,7 @@ python tools/run_paper.py --again              # also those that are done
 python tools/run_paper.py --lanes 1            # one after another
 
 D-TRAK's and K-FAC's notebooks share a model and its stores, and DMin's share others: where there is no GPU and more
-than one core, the two run beside one another, with half of the cores each.
+than one core, the two run beside one another, with half of the cores each; what judges times runs alone, last.
 
 Executed notebooks and summary.md go to out/paper/<preset>, numbers to out/results/<preset>, stores to out (smoke:
 all in out/smoke); DMIN_OUT, if set, takes the place of out and out/smoke. The summary says which parts were judged
@@ -17,13 +17,13 @@ import argparse
 import hashlib
 import json
 import os
+import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from threading import Lock
 
 import nbformat
+from filelock import FileLock
 
 from run_notebook import run
 
@@ -63,7 +63,7 @@ def summary(done: dict, preset: str, about: str) -> str:
     statuses = [c["status"] for entry in done.values() for c in entry["claims"]]
     counts = ", ".join(f"{statuses.count(s)} {s}" for s in dict.fromkeys(statuses))
     minutes = sum(e["seconds"] for e in done.values()) / 60
-    lines += ["", f"{len(done)} notebooks, {minutes:.0f} min of one after another; {counts}"]
+    lines += ["", f"{len(done)} notebooks, {minutes:.0f} min of computing; {counts}"]
     if known: lines.append(f"As shipped: {same} of {known}")
     return "\n".join(lines) + "\n"
 
@@ -74,11 +74,48 @@ def places(preset: str, chosen: str | None) -> tuple[Path, Path]:
     return ROOT / "out" / "paper" / preset, ROOT / "out" / "smoke" if preset == "smoke" else ROOT / "out"
 
 
+TIMED = "table_4", "table_6"   # judge what was timed
+
+
 def lanes(names: list[str], most: int) -> list[list[str]]:
-    """Which notebooks run after one another: those that share stores, or all where only one may run at a time."""
-    if most == 1: return [names]
+    """All after one another, or in three parts: two that run beside one another, as they share no stores, and
+    last what must have the machine to itself.
+    """
     digits = [n for n in names if n.startswith(("dtrak", "kfac"))]
-    return [lane for lane in ([n for n in names if n not in digits], digits) if lane]
+    alone = [n for n in names if n in TIMED]
+    others = [n for n in names if n not in digits and n not in alone]
+    return [others, digits, alone] if most > 1 and others and digits else [names]
+
+
+def beside_one_another(parts: list[list[str]], again: bool, cores: int) -> None:
+    """Each in a process of its own, which a Ctrl-C reaches as it does this one."""
+    threads = {"OMP_NUM_THREADS": str(max(1, cores // len(parts)))}
+    command = [sys.executable, str(Path(__file__).resolve()), "--lanes", "1", "--part", *["--again"] * again]
+    running = [subprocess.Popen([*command, *names], env=threads | os.environ) for names in parts]
+    try:
+        for each in running: each.wait()
+    except BaseException:
+        for each in running: each.wait()   # each ends its notebook's kernel
+        raise
+
+
+def run_one(name: str, folder: Path, record: Path, again: bool) -> None:
+    """Runs a notebook unless that is done, and notes what it found."""
+    from dmin.reproduction.results import results_folder
+    notebook, result = ROOT / "nbs" / "paper" / f"{name}.ipynb", results_folder() / f"{name}.json"
+    done = json.loads(record.read_text()) if record.exists() else {}
+    of, known = digest(notebook), done.get(name, {})
+    if not again and known.get("of") == of and known["ok"] and result.exists():
+        print(f"{name}: done already, {folder / name}.ipynb", flush=True)
+        return
+    print(f"\n{'=' * 20} {name}", flush=True)
+    start = time.perf_counter()
+    ok = run(notebook, folder / f"{name}.ipynb", timeout=None)
+    claims = json.loads(result.read_text())["result"]["claims"] if ok else []
+    entry = {"of": of, "ok": ok, "seconds": round(time.perf_counter() - start, 1), "claims": claims}
+    with FileLock(record.with_suffix(".lock")):   # another process notes its own
+        done = json.loads(record.read_text()) if record.exists() else {}
+        record.write_text(json.dumps(done | {name: entry}, indent=1))
 
 
 def main() -> int:
@@ -93,6 +130,7 @@ def main() -> int:
              " empty folders",
     )
     parser.add_argument("--lanes", type=int, choices=(1, 2), help="notebooks at a time; by default by the machine")
+    parser.add_argument("--part", action="store_true", help=argparse.SUPPRESS)   # of a run that sums up itself
     args = parser.parse_args()
 
     preset = os.environ.setdefault("DMIN_PRESET", "mini")
@@ -108,32 +146,13 @@ def main() -> int:
 
     folder.mkdir(parents=True, exist_ok=True)
     record, m = folder / "done.json", machine()
-    done = json.loads(record.read_text()) if record.exists() else {}
     about = f"{m['processor']}, {m['cores']} cores, " + (m["gpu"] or "no GPU")
-    wanted, lock = args.names or names, Lock()
-
-    def done_already(name, of):
-        return not args.again and done.get(name, {}).get("of") == of and done[name]["ok"] \
-            and (results_folder() / f"{name}.json").exists()
-
-    def run_lane(lane):
-        for name in lane:
-            notebook, result = ROOT / "nbs" / "paper" / f"{name}.ipynb", results_folder() / f"{name}.json"
-            if done_already(name, of := digest(notebook)):
-                print(f"{name}: done already, {folder / name}.ipynb", flush=True)
-                continue
-            print(f"\n{'=' * 20} {name} ({wanted.index(name) + 1} of {len(wanted)})", flush=True)
-            start = time.perf_counter()
-            ok = run(notebook, folder / f"{name}.ipynb", timeout=None)
-            claims = json.loads(result.read_text())["result"]["claims"] if ok else []
-            entry = {"of": of, "ok": ok, "seconds": round(time.perf_counter() - start, 1), "claims": claims}
-            with lock:
-                done[name] = entry
-                record.write_text(json.dumps(done, indent=1))
-
+    wanted = args.names or names
     apart = lanes(wanted, args.lanes or (2 if m["cores"] > 1 and not m["gpu"] else 1))
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, m["cores"] // len(apart))))
-    with ThreadPoolExecutor(len(apart)) as pool: list(pool.map(run_lane, apart))
+    if len(apart) > 1: beside_one_another(apart[:2], args.again, m["cores"])
+    for name in apart[0] if len(apart) == 1 else apart[2]: run_one(name, folder, record, args.again)
+    done = json.loads(record.read_text())
+    if args.part: return 0
     ordered = {n: done[n] for n in names if n in done}
     (folder / "summary.md").write_text(summary(ordered, preset, about))
     print(

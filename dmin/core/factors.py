@@ -17,6 +17,7 @@ from .compression import Compressor, make_compressor, NoCompression, random_word
 
 # %% ../../nbs/core/06_factors.ipynb #e25b5d79
 LEAST = 2**20   # numbers of a weight; below, forming its gradient costs little
+_KERNEL = 8     # so many times as many where a kernel has several places, whose inputs must be laid out first
 
 # %% ../../nbs/core/06_factors.ipynb #78e58dbd
 class FactoredWeight(NamedTuple):
@@ -29,17 +30,19 @@ class FactoredWeight(NamedTuple):
     @property
     def end(self) -> int: return self.start + self.places * self.rows * self.columns
 
-
+# %% ../../nbs/core/06_factors.ipynb #ac526784
 def factored_weights(
     parameters: Mapping[str, torch.Tensor],   # in the gradient's order
     factored: bool | int = True,              # numbers that one has at least; True: a million, False: none
 ) -> list[FactoredWeight]:
-    """Those of two or more dimensions that are large. Raises `ValueError` for a number that cannot be."""
+    """Those of two or more dimensions that are large, convolutions' eight times as large as others'. Raises
+    `ValueError` for a number that cannot be.
+    """
     least = LEAST if factored is True else math.inf if factored is False else whole("factored", factored)
     found, start = [], 0
     for p in parameters.values():
         rows, columns, *kernel = p.shape if p.ndim > 1 else (0, 0)
-        if p.ndim > 1 and p.numel() >= least:
+        if p.ndim > 1 and p.numel() >= (least if math.prod(kernel) == 1 else _KERNEL * least):
             found.append(FactoredWeight(start, math.prod(kernel), rows, columns))
         start += p.numel()
     return found
@@ -107,8 +110,9 @@ class _FactoredPlaces:
         rows, columns = self.drawn(weight, gradient.device)
         columns = [x[place * weight.columns:][:weight.columns] for x in columns]
         if weight.rows > weight.columns: matrix, rows, columns = matrix.transpose(1, 2), columns, rows
-        unit = _one_each(*rows, self.v, gradient)
-        def pair(some): return _spread(matrix[:, some], *columns, self.v), unit[:, some]
+        def pair(some):
+            unit = _one_each(*(x[some] for x in rows), self.v, gradient)
+            return _spread(matrix[:, some], *columns, self.v), unit
         return _convolved(len(matrix), matrix.shape[1], self.v, pair)
 
 # %% ../../nbs/core/06_factors.ipynb #70704183
@@ -165,14 +169,17 @@ class FactoredCompressor(Compressor):
         return squares.sqrt().float()
 
 # %% ../../nbs/core/06_factors.ipynb #669d6ab8
-_PAIR = 25   # operations of a matrix product that take as long as v log2(v) of a pair of transforms: measured
+# operations of a matrix product that take as long as a v log2(v) of a pair of transforms, as putting a number
+# into its place, and as laying it out before for a kernel: measured on a CPU
+_PAIR, _PLACED, _LAID_OUT = 25, 250, 500
 
 
 def cheaper_by_factors(weight: FactoredWeight, tokens: int, v: int) -> bool:
     """Whether convolutions of all tokens cost less than the gradient and convolutions of its rows."""
-    pair = _PAIR * v * math.log2(2 * v)
+    pair, wide = _PAIR * v * math.log2(2 * v), weight.places * weight.columns
+    token = pair + _PLACED * (wide + weight.rows) + (_LAID_OUT * wide if weight.places > 1 else 0)
     fewer = weight.places * min(weight.rows, weight.columns)
-    return tokens * pair <= 2 * tokens * (weight.end - weight.start) + fewer * pair
+    return tokens * token <= 2 * tokens * (weight.end - weight.start) + fewer * pair
 
 # %% ../../nbs/core/06_factors.ipynb #2204de6d
 def compressor_of(

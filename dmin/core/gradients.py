@@ -67,10 +67,10 @@ class _Total:
             self._by_factors[weight] = part.new_zeros(len(self.compressed), part.shape[1])
         self._by_factors[weight][samples] += part
 
-    def add_factored(self, compressed: torch.Tensor) -> None:   # (n, v)
-        """All of one weight's gradients, compressed by factors."""
-        self.compressed[:, :compressed.shape[1]] += compressed
-        self.squares += torch.linalg.vector_norm(compressed, dim=1, dtype=torch.float64).square()
+    def add_factored(self, compressed: torch.Tensor, samples=slice(None)) -> None:   # (m, v)
+        """All of one weight's gradients of some samples, compressed by factors."""
+        self.compressed[samples, :compressed.shape[1]] += compressed
+        self.squares[samples] += torch.linalg.vector_norm(compressed, dim=1, dtype=torch.float64).square()
 
     def finish(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Compressed gradients (n, v) and norms (n,)."""
@@ -126,10 +126,13 @@ class Sink:
         weight = self.compressor.weight_at(self.starts[id(parameter)])
         return weight is not None and cheaper_by_factors(weight, tokens, self.compressor.v)
 
-    def add_factors(self, parameter: nn.Parameter, x: torch.Tensor, grad: torch.Tensor) -> None:
-        """What went in (n, tokens, columns) and the gradient (n, tokens, rows) of what came out."""
+    def add_factors(self, parameter: nn.Parameter, x: torch.Tensor, grad: torch.Tensor, first: int = 0):
+        """Of samples `first` to `first + m`: what went in (m, tokens, columns) and the gradient (m, tokens,
+        rows) of what came out.
+        """
+        samples = slice(first, first + len(x))
         weight = self.compressor.weight_at(self.starts[id(parameter)])
-        self._total.add_factored(self.compressor.of_factors(weight, x.float(), grad.float()))
+        self._total.add_factored(self.compressor.of_factors(weight, x.float(), grad.float()), samples)
 
     def finish(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Compressed gradients (n, v) and norms (n,)."""
@@ -237,11 +240,12 @@ def _conv2d_strided(layer, x, grad, sink, first):
 
 # %% ../../nbs/core/11_gradients.ipynb #96f1772b
 def _conv2d_by_factors(layer, x, grad, sink):
-    columns = F.unfold(x.flatten(0, 1), layer.kernel_size, layer.dilation, layer.padding, layer.stride)
-    # (n, r * positions, place in kernel * in), as the weight stands in the gradient
-    columns = columns.unflatten(1, (x.shape[2], -1)).unflatten(0, x.shape[:2]).permute(0, 1, 4, 3, 2)
-    grad = grad.flatten(3).transpose(2, 3)
-    sink.add_factors(layer.weight, columns.flatten(3).flatten(1, 2), grad.flatten(1, 2))
+    grad, unfolded = grad.flatten(3).transpose(2, 3).flatten(1, 2), (layer.kernel_size, layer.dilation)
+    for i, j in _parts(x, layer.weight[0].numel() * grad.shape[1]):
+        columns = F.unfold(x[i:j].flatten(0, 1), *unfolded, layer.padding, layer.stride)
+        # (m, r * positions, place in kernel * in), as the weight stands in the gradient
+        columns = columns.unflatten(1, (x.shape[2], -1)).unflatten(0, (j - i, -1)).permute(0, 1, 4, 3, 2)
+        sink.add_factors(layer.weight, columns.flatten(3).flatten(1, 2), grad[i:j], i)
 
 # %% ../../nbs/core/11_gradients.ipynb #8f5b7473
 def _conv2d_shifted(layer, x, grad, sink, first):

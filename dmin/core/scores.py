@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import torch
 
-from .answers import Answer, chosen, known_columns
+from .answers import Answer, chosen, known_columns, with_free_names
 from .checks import timestep_weights, whole
 from .dtypes import columns
 from .gradients import Gradients
@@ -100,6 +100,7 @@ def _as_lines(ranking: "Ranking", samples):   # a DataFrame
     import pandas as pd
     q, k = ranking.rows.shape
     rows = ranking.rows.flatten().tolist()
+    known = {} if samples is None else known_columns(samples, rows)
     lines = {"query": [i for i in range(q) for _ in range(k)], "rank": [*range(1, k + 1)] * q, "row": rows}
     lines["score"] = ranking.scores.flatten().tolist()
     if ranking.ranks is not None:
@@ -107,9 +108,7 @@ def _as_lines(ranking: "Ranking", samples):   # a DataFrame
         lines |= {"lowest_rank": low.tolist(), "highest_rank": high.tolist()}
         lines["stable"] = ranking.stable.flatten().tolist()
     if ranking.shown_with or ranking.heading: lines = {"ranking": [ranking.heading] * len(rows)} | lines
-    for name, column in (known_columns(samples, rows) if samples is not None else {}).items():
-        lines[f"sample_{name}" if name in lines else name] = column
-    return pd.DataFrame(lines)
+    return pd.DataFrame(lines | with_free_names(known, {*lines}))
 
 # %% ../../nbs/core/14_scores.ipynb #59e4ae7d
 @dataclass(repr=False)
@@ -224,10 +223,10 @@ class Scores(Answer):
     def to_pandas(self):   # a DataFrame
         """A line for each training sample: its row, what is known of it, and its score for each query."""
         import pandas as pd
+        by_query = {f"query {q}": x.tolist() for q, x in enumerate(self.values)}
         n = self.per_timestep.shape[1]
         known = {} if self.samples is None else known_columns(self.samples, range(n))
-        lines = {"row": range(n)} | {f"sample_{k}" if k == "row" else k: x for k, x in known.items()}
-        return pd.DataFrame(lines | {f"query {q}": x.tolist() for q, x in enumerate(self.values)})
+        return pd.DataFrame({"row": range(n)} | with_free_names(known, {"row", *by_query}) | by_query)
 
     def by(self, groups: str | Sequence, k: int | None = None) -> Groups:
         """Summed by a column of the training samples, such as "artist", or by a value for each, such as what
@@ -259,6 +258,8 @@ class Scores(Answer):
 
     def __array__(self, dtype=None, copy=None):
         """(n_queries, n_train)"""
+        if copy is False:
+            raise ValueError("scores are summed over the timesteps when they are asked for: a copy is needed")
         return self.values.numpy() if dtype is None else self.values.numpy().astype(dtype)
 
     def _repr_html_(self) -> str: return self.top(min(5, self.per_timestep.shape[1]))._repr_html_()

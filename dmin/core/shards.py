@@ -366,10 +366,16 @@ class MappedShards:
         """A shard by its file's name. Raises what `read_shard` does."""
         if name not in self._open:
             self._open[name] = read_shard(self.source, name, self.verify and name not in self._verified)
-            self._verified.add(name)
+            if self.verify: self._verified.add(name)
         self._open.move_to_end(name)
         while len(self._open) > OPEN_SHARDS: self._open.popitem(last=False)
         return self._open[name]
+
+    def check(self, name: str, anew: bool) -> None:
+        """Compares a shard with its checksum unless that was done; `anew`: in any case."""
+        if not anew and name in self._verified: return
+        read_shard(self.source, name, verify=True)
+        self._verified.add(name)
 
     def close(self, name: str, verified: bool = False) -> None:
         """Its file may be replaced or removed now, or was, by one that is right."""
@@ -685,9 +691,11 @@ class ShardFolder:
         """Opens it again: takes over what another process of this run has put in place."""
         self._open(self._files.mapped.verify)
 
-    def verify(self) -> None:
-        """Reads every shard that was not used yet, as a copy should be once. Raises what opening raises."""
-        for _ in bar(self.shards(), "verifying", total=len(self._files.rows), delay=2): pass
+    def verify(self, anew: bool = False) -> None:
+        """Compares every shard with its checksum that was not compared yet, as a copy should be once; `anew`:
+        all of them. Raises what opening raises.
+        """
+        for name in bar(sorted(self._files.rows), "verifying", delay=2): self._files.mapped.check(name, anew)
 
     def merge_shards(self, after_each: Callable[[], object] = lambda: None) -> None:
         """Makes about 256 shards of more than 512; nothing is computed. `collect` and `add` end with it.
@@ -728,7 +736,9 @@ class ShardFolder:
         rows = torch.arange(len(self)) if rows is None else torch.as_tensor(rows, dtype=torch.int64)
         if not self._files.present()[rows].all(): self.check_complete()
         *stored, order = gather(self._files, rows)
-        return unpack(*stored)[order.argsort()]
+        if not torch.equal(order, torch.arange(len(order))):   # while they are small
+            stored = [None if x is None else x[order.argsort()] for x in stored]
+        return unpack(*stored)
 
     def products(self, rows: torch.Tensor, by: Columns) -> torch.Tensor:   # (T, m, q) float32
         """Inner products of rows (m,) int64 with queries, see `dmin.core.dtypes.columns`.

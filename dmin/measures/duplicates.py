@@ -15,14 +15,15 @@ from ..core.store import Store
 
 # %% ../../nbs/measures/09_duplicates.ipynb #2d6dd81b
 def _pairs(store: Store, least: float) -> np.ndarray:   # (2, m) int64 rows
-    """Pairs of samples, both ways and with themselves, whose gradients have such a cosine."""
+    """Pairs of samples, the earlier one first, whose gradients have such a cosine."""
     found, lengths = [], torch.empty(len(store), len(store.manifest.timesteps))   # after compression: near 1
     for shard in store.shards(): lengths[shard.rows] = shard.part().norm(dim=2)
     for shard in store.shards():
         mine = torch.nn.functional.normalize(shard.part(), dim=2)
         for part in cosine_parts(store, mine):
             likeness = (part.values / lengths[part.rows].T[..., None]).mean(0)
-            there, here = (likeness >= least).nonzero(as_tuple=True)
+            near = (likeness >= least - 1e-5) & (part.rows[:, None] < shard.rows)   # 1 is rounded, too
+            there, here = near.nonzero(as_tuple=True)
             found.append(torch.stack([part.rows[there], shard.rows[here]]))
     return torch.cat(found, 1).numpy()
 
@@ -44,6 +45,7 @@ def near_duplicates(
     if store.manifest.dtype == "1bit":
         raise ValueError(f"{store.folder.name} keeps one bit a number, too little to compare samples with one"
                          " another: collect with dtype='float16'")
+    store.check_complete()
     i, j = _pairs(store, least)
     graph = coo_matrix((np.ones(len(i)), (i, j)), shape=(len(store), len(store)))
     _, labels = connected_components(graph, directed=False)

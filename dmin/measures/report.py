@@ -14,6 +14,8 @@ from importlib.metadata import version
 from pathlib import Path
 
 from ..core.answers import page, written
+from ..core.checks import whole
+from ..core.groups import group_names
 from ..core.images import as_samples
 from ..core.runtime import machine
 from ..core.scores import Attributor, Scores
@@ -32,8 +34,20 @@ def _of_store(store: Store) -> dict[str, object]:
         "store": store.folder, "made by": f"{m.objective}, model {m.model}",
         "training samples": f"{len(store):,}, ids {ids_digest(m.sample_ids)}",
         "gradients": f"{numbers}, {m.dtype}", "timesteps": times,
+        "compressed from factors": f"{len(m.factored)} weights",
         "seeds": f"noise {m.noise_seed}, compression {m.compression_seed}", "recipe": m.fingerprint(),
-        "files": "all are what their checksums say"}
+        "files": "all were read, and are what their checksums say"}
+
+# %% ../../nbs/measures/10_report.ipynb #163492ee
+def _stores_of(thing, found: dict[int, Store] | None = None) -> list[Store]:
+    """The stores that a method reads, or the methods that it is made of."""
+    found = {} if found is None else found
+    if isinstance(thing, Store): found.setdefault(id(thing), thing)
+    elif isinstance(thing, Attributor):
+        for value in vars(thing).values(): _stores_of(value, found)
+    elif isinstance(thing, (list, tuple, dict)):
+        for value in (thing.values() if isinstance(thing, dict) else thing): _stores_of(value, found)
+    return list(found.values())
 
 
 def provenance(stores: Sequence[Store], seconds: float) -> Table:
@@ -72,6 +86,14 @@ _OPENING = (
     "<h2>Queries</h2>")
 
 
+def _check_asked(store: Store, k: int, by: Sequence[str]) -> None:
+    """Before anything is computed."""
+    whole("k", k, most=len(store))
+    if isinstance(by, str):
+        raise ValueError(f"by={by!r}: give a list of columns, [{by!r}]")
+    for column in by: group_names(column, store.samples, len(store))
+
+
 def _distinct_names(methods: Sequence[Attributor]) -> list[str]:
     names = [method.name for method in methods]
     if len(set(names)) == len(names): return names
@@ -83,7 +105,7 @@ def report(
     images,                          # the queries: a data set, an image or several
     methods: Sequence[Attributor] = (),   # none: DMin on the store
     path: str | Path | None = None,  # of the file; None: the page comes back as text
-    k: int = 10,                     # training samples of each query
+    k: int | None = None,            # training samples of each query; None: 10, or all if there are fewer
     by: Sequence[str] = (),          # columns of the samples: a part by groups for each
 ) -> str | Path:
     """A page: each query with the first `k` of each method, how far they agree, groups, and all that it was
@@ -93,10 +115,11 @@ def report(
     and what the methods raise.
     """
     methods, start = list(methods) or [DMin(store)], time.perf_counter()
-    names = _distinct_names(methods)
-    stores = {id(s): s for s in (store, *(getattr(m, "store", None) for m in methods)) if s is not None}
-    for each in stores.values(): each.verify()
-    images = as_samples(images)
+    names, images = _distinct_names(methods), as_samples(images)
+    k = min(10, len(store)) if k is None else k
+    _check_asked(store, k, by)
+    stores = _stores_of([store, *methods])
+    for each in stores: each.verify(anew=True)
     scores = {name: method.influence(images) for name, method in zip(names, methods)}
     for name in scores: scores[name] = replace(scores[name], samples=scores[name].samples or store.samples)
     took = time.perf_counter() - start
@@ -105,5 +128,5 @@ def report(
     for column in by:
         found = next(iter(scores.values())).by(column, k)
         parts += [f"<h2>By {html.escape(column)}, {html.escape(names[0])}</h2>", found.body()]
-    parts += ["<h2>Provenance</h2>", provenance(list(stores.values()), took)._repr_html_()]
+    parts += ["<h2>Provenance</h2>", provenance(stores, took)._repr_html_()]
     return written(page("Attribution report", "\n".join(parts)), path)
