@@ -38,6 +38,7 @@ LONG = {
     "Sink": 48,
     "_Total": 31,
     "_FactoredPlaces": 27,
+    "_SOURCE": 52,   # of C
     "FactoredCompressor": 51,
     "ManifestFile": 26,
     "Ranks": 65,
