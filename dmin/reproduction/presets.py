@@ -110,6 +110,7 @@ BENCHMARKS = dict(
     bench_real=Row(16, 500, 500, "digits whose gradients the benchmark of retrieval starts from"),
     bench_n=Row(200, 9288, 9288, "samples in its store"),
     million_n=Row((100, 300), (10**4, 10**5, 10**6), (10**4, 10**5, 10**6), "samples of a large one"),
+    million_index=Row(300, 10**5, 10**6, "samples of its largest index"),
     memory_layers=Row(2, 24, 24, "blocks of the SD 3 architecture, of memory"),
     memory_heads=Row(4, 24, 24, "its attention heads"),
 )
