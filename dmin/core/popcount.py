@@ -60,7 +60,7 @@ static int64_t product(const uint8_t *row, const uint64_t *planes, int64_t words
   return sum;
 }
 
-/* signs: n rows, `stride` bytes apart, of T times `words` words; planes: T times q times 16 times `words`
+/* signs: n rows, `stride` bytes apart, of T times `words` words; planes: T times q times 15 times `words`
    words; out: T times n times q. Rows `first` to `last` alone. */
 void sums(const uint8_t *signs, int64_t n, int64_t stride, int64_t T, int64_t words,
           const uint64_t *planes, int64_t q, int64_t first, int64_t last, int64_t *out) {
@@ -68,7 +68,7 @@ void sums(const uint8_t *signs, int64_t n, int64_t stride, int64_t T, int64_t wo
     for (int64_t t = 0; t < T; t++)
       for (int64_t c = 0; c < q; c++)
         out[(t * n + i) * q + c] =
-          product(signs + i * stride + t * words * 8, planes + (t * q + c) * 16 * words, words);
+          product(signs + i * stride + t * words * 8, planes + (t * q + c) * 15 * words, words);
 }
 """
 
@@ -100,11 +100,11 @@ def _compiled() -> Path:
     return library
 
 # %% ../../nbs/core/11_popcount.ipynb #441807fc
-def planes_of(whole: torch.Tensor) -> torch.Tensor:   # (T, q, v) -> (T, q, 16, v / 8) uint8
-    """The bits of whole numbers from -2^14 to 2^14 - 1, place by place, and a plane of ones."""
+def planes_of(whole: torch.Tensor) -> torch.Tensor:   # (T, q, v) -> (T, q, 15, v / 8) uint8
+    """The bits of whole numbers from -2^14 to 2^14 - 1, 2^14 added, place by place."""
     shifted = (whole.to(torch.int32) + _HALF).numpy()
     bits = [np.packbits((shifted >> k) & 1 > 0, axis=-1, bitorder="little") for k in range(PLACES)]
-    return torch.from_numpy(np.stack([*bits, np.full_like(bits[0], 255)], 2))
+    return torch.from_numpy(np.stack(bits, 2))
 
 
 def _sums(library, signs: torch.Tensor, planes: torch.Tensor) -> torch.Tensor:
@@ -125,9 +125,10 @@ def _threads(n: int) -> ThreadPoolExecutor: return ThreadPoolExecutor(n)
 # %% ../../nbs/core/11_popcount.ipynb #4c00fb30
 def _by_numpy(signs: torch.Tensor, planes: torch.Tensor) -> torch.Tensor:
     """`whole_products` in numpy, slower."""
-    counts = np.bitwise_count(signs.numpy()[:, :, None, None] & planes.numpy()).sum(-1, dtype=np.int64)
-    found = counts[..., :PLACES] @ (1 << np.arange(PLACES)) - counts[..., PLACES] * _HALF
-    return torch.from_numpy(found).transpose(0, 1)
+    bits = signs.numpy()[:, :, None]
+    counts = np.bitwise_count(bits[..., None, :] & planes.numpy()).sum(-1, dtype=np.int64)
+    less = _HALF * np.bitwise_count(bits).sum(-1, dtype=np.int64)
+    return torch.from_numpy(counts @ (1 << np.arange(PLACES)) - less).transpose(0, 1)
 
 
 @lru_cache
