@@ -101,6 +101,7 @@ def beside_one_another(parts: list[list[str]], again: bool, cores: int) -> None:
 
 def run_one(name: str, folder: Path, record: Path, again: bool) -> None:
     """Runs a notebook unless that is done, and notes what it found."""
+    from dmin.core.files import write_atomically
     from dmin.reproduction.results import results_folder
     notebook, result = ROOT / "nbs" / "paper" / f"{name}.ipynb", results_folder() / f"{name}.json"
     done = json.loads(record.read_text()) if record.exists() else {}
@@ -115,7 +116,8 @@ def run_one(name: str, folder: Path, record: Path, again: bool) -> None:
     entry = {"of": of, "ok": ok, "seconds": round(time.perf_counter() - start, 1), "claims": claims}
     with FileLock(record.with_suffix(".lock")):   # another process notes its own
         done = json.loads(record.read_text()) if record.exists() else {}
-        record.write_text(json.dumps(done | {name: entry}, indent=1))
+        text = json.dumps(done | {name: entry}, indent=1)
+        write_atomically(record, lambda temporary: temporary.write_text(text))
 
 
 def main() -> int:
@@ -151,7 +153,7 @@ def main() -> int:
     apart = lanes(wanted, args.lanes or (2 if m["cores"] > 1 and not m["gpu"] else 1))
     if len(apart) > 1: beside_one_another(apart[:2], args.again, m["cores"])
     for name in apart[0] if len(apart) == 1 else apart[2]: run_one(name, folder, record, args.again)
-    done = json.loads(record.read_text())
+    done = json.loads(record.read_text()) if record.exists() else {}
     if args.part: return 0
     ordered = {n: done[n] for n in names if n in done}
     (folder / "summary.md").write_text(summary(ordered, preset, about))
@@ -165,7 +167,7 @@ def main() -> int:
         seconds = times.get(preset, {}).get("seconds", {}) | {
             n: e["seconds"] for n, e in ordered.items() if e["ok"]}
         path.write_text(json.dumps(times | {preset: {"machine": about, "seconds": seconds}}, indent=1) + "\n")
-    return 0 if all(done[n]["ok"] for n in wanted) else 1
+    return 0 if all(done.get(n, {}).get("ok") for n in wanted) else 1
 
 
 if __name__ == "__main__": sys.exit(main())
