@@ -117,7 +117,8 @@ def used_modules(module):
     package = module.split(".")[:-1]
     for node in ast.walk(ast.parse((ROOT / "dmin" / f"{module.replace('.', '/')}.py").read_text())):
         if isinstance(node, ast.ImportFrom) and node.level:
-            yield ".".join([*package[:len(package) - node.level + 1], *(node.module or "").split(".")])
+            found = ".".join([*package[:len(package) - node.level + 1], *(node.module or "").split(".")])
+            if found not in ("", "_modidx"): yield found   # the version and the address: from settings.ini
         elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("dmin."):
             yield node.module.removeprefix("dmin.")
 

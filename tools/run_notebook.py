@@ -7,6 +7,7 @@ Notebooks find the folder for what they make in the environment variable DMIN_OU
 `--output` if given.
 """
 import argparse
+import json
 import os
 import re
 import sys
@@ -16,6 +17,8 @@ from pathlib import Path
 import nbformat
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def echo(cell, cell_index, **_):
@@ -35,22 +38,47 @@ def tidy(text: str) -> str:
     return re.sub(r"(?m)^/\S*?/(ipykernel_\d+/\d+\.py:\d+: |(?=dmin/\S+\.py:\d+: ))", "", ended(text))
 
 
-def run(path: Path, output: Path, timeout: int | None) -> bool:
+def peak_gb(process: int) -> float:
+    """The most memory that a running process has held so far; 0 where the system does not tell."""
+    try: lines = Path(f"/proc/{process}/status").read_text().splitlines()
+    except OSError: return 0.
+    return next((int(line.split()[1]) / 1e6 for line in lines if line.startswith("VmHWM")), 0.)
+
+
+def record(name: str, seconds: float, memory_gb: float) -> None:
+    """Keeps what a notebook such as "tutorials/quickstart" needed, for tools/first_cells.py."""
+    path = ROOT / "results" / "needs.json"
+    known = json.loads(path.read_text()) if path.exists() else {"notebooks": {}}
+    known["notebooks"][name] = {"seconds": round(seconds, 1), "memory_gb": round(memory_gb, 2)}
+    known["notebooks"] = dict(sorted(known["notebooks"].items()))
+    path.write_text(json.dumps(known, indent=1) + "\n")
+
+
+def run(path: Path, output: Path, timeout: int | None, needed: dict | None = None) -> bool:
+    """Whether it ran through; `needed` is given the seconds and the gigabytes that it took."""
     nb = nbformat.read(path, as_version=4)
     nb.metadata.setdefault("kernelspec", {"name": "python3", "display_name": "python3", "language": "python"})
     nb.metadata.pop("widgets", None)
+    held = []
+
+    def after_cell(cell, cell_index, **_):
+        echo(cell, cell_index)
+        held.append(peak_gb(client.km.provisioner.pid))
+
     client = NotebookClient(
         nb,
         timeout=timeout,
         kernel_name="python3",
         store_widget_state=False,
         coalesce_streams=True,
-        on_cell_executed=echo,
+        on_cell_executed=after_cell,
         extra_arguments=["--log-level=40"],
         resources={"metadata": {"path": str(path.parent)}})
     start, error = time.perf_counter(), None
     try: client.execute()
     except (CellExecutionError, CellTimeoutError, DeadKernelError) as e: error = e
+    seconds = time.perf_counter() - start
+    if needed is not None: needed.update(seconds=seconds, memory_gb=max(held, default=0.))
     for cell in (c for c in nb.cells if c.cell_type == "code"):
         for o in cell.outputs:
             if o.output_type == "stream": o.text = tidy(o.text) if o.name == "stderr" else ended(o.text)
@@ -61,7 +89,7 @@ def run(path: Path, output: Path, timeout: int | None) -> bool:
     if error: print(f"{path} failed:\n{error}", file=sys.stderr)
     else:
         print(
-            f"{path} ran in {time.perf_counter() - start:.0f} s; with its outputs it is in {output}",
+            f"{path} ran in {seconds:.0f} s; with its outputs it is in {output}",
             flush=True)
     return error is None
 
@@ -79,8 +107,19 @@ if __name__ == "__main__":
     where.add_argument("--output", type=Path, help="where the one notebook goes with its outputs")
     where.add_argument("--inplace", action="store_true", help="keep the outputs in the notebooks themselves")
     parser.add_argument("--timeout", type=int, default=3600, help="seconds for one cell")
+    parser.add_argument(
+        "--record",
+        action="store_true",
+        help="keep seconds and memory in results/needs.json, which the notebooks' first cells show; for the mini"
+             " preset, on a machine that does nothing else",
+    )
     args = parser.parse_args()
     if args.output and len(notebooks(args.paths)) != 1: parser.error("--output takes one notebook")
     if args.output: os.environ["DMIN_OUT"] = str(args.output.resolve().parent)
-    ok = [run(path, args.output or path, args.timeout) for path in notebooks(args.paths)]
+    ok = []
+    for path in notebooks(args.paths):
+        needed = {}
+        ok.append(run(path, args.output or path, args.timeout, needed))
+        if ok[-1] and args.record:
+            record(path.resolve().relative_to(ROOT / "nbs").with_suffix("").as_posix(), **needed)
     sys.exit(0 if all(ok) else 1)

@@ -19,12 +19,12 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import nbformat
 from filelock import FileLock
 
+from run_notebook import record as record_needs
 from run_notebook import run
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -110,10 +110,10 @@ def run_one(name: str, folder: Path, record: Path, again: bool) -> None:
         print(f"{name}: done already, {folder / name}.ipynb", flush=True)
         return
     print(f"\n{'=' * 20} {name}", flush=True)
-    start = time.perf_counter()
-    ok = run(notebook, folder / f"{name}.ipynb", timeout=None)
+    needed = {}
+    ok = run(notebook, folder / f"{name}.ipynb", timeout=None, needed=needed)
     claims = json.loads(result.read_text())["result"]["claims"] if ok else []
-    entry = {"of": of, "ok": ok, "seconds": round(time.perf_counter() - start, 1), "claims": claims}
+    entry = {"of": of, "ok": ok, **{k: round(x, 2) for k, x in needed.items()}, "claims": claims}
     with FileLock(record.with_suffix(".lock")):   # another process notes its own
         done = json.loads(record.read_text()) if record.exists() else {}
         text = json.dumps(done | {name: entry}, indent=1)
@@ -128,8 +128,8 @@ def main() -> int:
     parser.add_argument(
         "--record-times",
         action="store_true",
-        help="keep the seconds in results/times.json, which the claims table shows; only after a run from"
-             " empty folders",
+        help="keep the seconds in results/times.json, which the claims table shows, and what each needs in"
+             " results/needs.json; only after a run from empty folders",
     )
     parser.add_argument("--lanes", type=int, choices=(1, 2), help="notebooks at a time; by default by the machine")
     parser.add_argument("--part", action="store_true", help=argparse.SUPPRESS)   # of a run that sums up itself
@@ -167,6 +167,8 @@ def main() -> int:
         seconds = times.get(preset, {}).get("seconds", {}) | {
             n: e["seconds"] for n, e in ordered.items() if e["ok"]}
         path.write_text(json.dumps(times | {preset: {"machine": about, "seconds": seconds}}, indent=1) + "\n")
+        for n in (n for n, e in ordered.items() if e["ok"] and preset == "mini"):
+            record_needs(f"paper/{n}", ordered[n]["seconds"], ordered[n]["memory_gb"])
     return 0 if all(done.get(n, {}).get("ok") for n in wanted) else 1
 
 

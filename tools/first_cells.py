@@ -1,0 +1,88 @@
+"""Writes the first cells of tutorials, benchmarks and paper notebooks: where to open each and what it needs, and
+what installs dmin where that is missing.
+
+python tools/first_cells.py            # after results/needs.json, the version or the address has changed
+
+The address is git_url in settings.ini, which tools/set_address.py sets; minutes and memory are measured by
+`tools/run_notebook.py --record` and `tools/run_paper.py --record-times`.
+"""
+import configparser
+import hashlib
+import json
+import math
+from pathlib import Path
+
+import nbformat
+
+ROOT = Path(__file__).resolve().parents[1]
+FOLDERS = "tutorials", "benchmarks", "paper"
+BADGE, INSTALL = "[![Open in Colab]", "#| hide\n# Where dmin is missing"
+
+
+def settings(root: Path = ROOT) -> configparser.SectionProxy:
+    parser = configparser.ConfigParser(interpolation=None)
+    parser.read(root / "settings.ini")
+    return parser["DEFAULT"]
+
+
+def minutes(seconds: float) -> str:
+    if seconds < 90: return "A minute"
+    if seconds < 600: return f"{math.ceil(seconds / 60)} minutes"
+    return f"{5 * math.ceil(seconds / 300)} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"
+
+
+def needs(name: str, root: Path = ROOT) -> str:
+    """What a notebook such as "tutorials/quickstart" needs, as measured in the mini preset."""
+    path = root / "results" / "needs.json"
+    measured = json.loads(path.read_text()).get("notebooks", {}) if path.exists() else {}
+    if name not in measured: return ""
+    found = measured[name]
+    gigabytes = math.ceil(found["memory_gb"] * 2) / 2
+    return f"{minutes(found['seconds'])} on two CPU cores, {gigabytes:g} GB of memory, no GPU."
+
+
+def first_cells(name: str, root: Path = ROOT) -> tuple[str, str]:
+    """The sources of the two cells, Markdown and code."""
+    s = settings(root)
+    where = s["git_url"].removeprefix("https://github.com/")
+    badge = (
+        f"{BADGE}(https://colab.research.google.com/assets/colab-badge.svg)]"
+        f"(https://colab.research.google.com/github/{where}/blob/{s['branch']}/nbs/{name}.ipynb)")
+    wheels = [f"{{release}}/{package}-{s['version']}-py3-none-any.whl" for package in ("dmin", "dmin_data")]
+    install = (
+        f"{INSTALL}, as in Colab, this installs it with its data; elsewhere it does nothing.\n"
+        "import importlib.util\n\n"
+        'if not importlib.util.find_spec("dmin"):\n'
+        f'    release = "{s["git_url"]}/releases/download/v{s["version"]}"\n'
+        f"    %pip install -q {' '.join(wheels)}")
+    return f"{badge} {needs(name, root)}".strip(), install
+
+
+def renewed(path: Path, root: Path = ROOT) -> nbformat.NotebookNode | None:
+    """The notebook with the two cells below its title as they should be; None where they are."""
+    nb = nbformat.read(path, as_version=4)
+    name = path.relative_to(root / "nbs").with_suffix("").as_posix()
+    rest = [c for c in nb.cells if not c.source.startswith((BADGE, INSTALL))]
+    new = []
+    for source, make in zip(first_cells(name, root), (nbformat.v4.new_markdown_cell, nbformat.v4.new_code_cell)):
+        known = hashlib.sha256(f"{name} {make.__name__}".encode()).hexdigest()[:8]
+        new.append(make(source, id=known))
+    cells = [rest[0], *new, *rest[1:]]
+    if [c.source for c in cells] == [c.source for c in nb.cells]: return None
+    nb.cells = cells
+    return nb
+
+
+def stale(root: Path = ROOT) -> dict[Path, nbformat.NotebookNode]:
+    """Notebooks whose first cells are not as they should be -> as they should be."""
+    paths = [p for folder in FOLDERS for p in sorted((root / "nbs" / folder).glob("*.ipynb"))]
+    return {path: nb for path in paths if (nb := renewed(path, root))}
+
+
+def main(root: Path = ROOT) -> None:
+    for path, nb in stale(root).items():
+        path.write_text(nbformat.writes(nb, version=nb.nbformat) + "\n")
+        print(path.relative_to(root))
+
+
+if __name__ == "__main__": main()

@@ -1,0 +1,83 @@
+"""Sets where the project lies and who publishes it, in every file that says so: settings.ini, the notebooks'
+badges and first cells, README, CITATION, the site, the package.
+
+python tools/set_address.py --git-url https://github.com/alice/dmin --site https://alice.github.io/dmin
+python tools/set_address.py --author "Alice and others" --email alice@example.com
+
+What is not named stays. The address that is replaced is the one in settings.ini, so it can be set again.
+"""
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from first_cells import main as write_first_cells
+from first_cells import settings
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def files(root: Path) -> list[Path]:
+    """Those that git tracks and that are text."""
+    names = subprocess.run(["git", "ls-files", "-z"], cwd=root, capture_output=True, text=True, check=True).stdout
+    paths = [root / name for name in names.split("\0") if name]
+    binary = {".png", ".npz", ".parquet", ".safetensors"}
+    return [p for p in paths if p.suffix not in binary and p.is_file()]
+
+
+def replacements(root: Path, git_url: str, site: str, author: str, email: str) -> dict[str, str]:
+    """What stands for what: longer ones first, as they hold shorter ones."""
+    s = settings(root)
+    found = {}
+    if git_url:
+        found[s["git_url"]] = git_url
+        old, new = (x.removeprefix("https://github.com/") for x in (s["git_url"], git_url))
+        found[f"colab.research.google.com/github/{old}/"] = f"colab.research.google.com/github/{new}/"
+        found[f"user = {s['user']}\n"] = f"user = {urlsplit(git_url).path.strip('/').split('/')[0]}\n"
+    if site:
+        parts = urlsplit(site)
+        host, folder = f"{parts.scheme}://{parts.netloc}", parts.path.rstrip("/")
+        found[s["doc_host"] + s["doc_baseurl"]] = host + folder
+        found[s["doc_host"]] = host
+        found[f"doc_baseurl = {s['doc_baseurl']}\n"] = f"doc_baseurl = {folder}\n"
+        found[f"'doc_baseurl': '{s['doc_baseurl']}'"] = f"'doc_baseurl': '{folder}'"
+    if author:
+        found |= {f'{{ name = "{s["author"]}" }}': f'{{ name = "{author}" }}'}   # pyproject.toml
+        found |= {f"author = {s['author']}\n": f"author = {author}\n"}
+        found |= {f"  - name: {s['author']}\n": f"  - name: {author}\n"}           # CITATION.cff
+    if email: found[s["author_email"]] = email
+    return {old: new for old, new in sorted(found.items(), key=lambda x: -len(x[0])) if old != new}
+
+
+def set_address(root: Path, **chosen: str) -> list[Path]:
+    """Replaces everywhere; returns the files that changed."""
+    known, changed = replacements(root, **chosen), []
+    for path in files(root):
+        text = new = path.read_text(encoding="utf-8")
+        for old, value in known.items(): new = new.replace(old, value)
+        if new == text: continue
+        path.write_text(new, encoding="utf-8")
+        changed.append(path)
+    write_first_cells(root)
+    return changed
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--git-url", default="", help="of the repository, without .git")
+    parser.add_argument("--site", default="", help="where the pages of `make docs` are served")
+    parser.add_argument("--author", default="")
+    parser.add_argument("--email", default="")
+    args = parser.parse_args()
+    if not any(vars(args).values()): parser.error("nothing to set: name one or more of the options")
+    for name in ("git_url", "site"):
+        value = getattr(args, name).rstrip("/")
+        if value and not urlsplit(value).scheme: parser.error(f"{value!r} is no address: https://… is expected")
+        setattr(args, name, value)
+    for path in set_address(ROOT, **vars(args)): print(path.relative_to(ROOT))
+    return 0
+
+
+if __name__ == "__main__": sys.exit(main())
