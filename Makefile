@@ -1,6 +1,7 @@
 # make quickstart   installs into .venv, runs the quickstart notebook into out/
 # make test         installs into .venv, checks and runs everything in the smoke preset
 # make docs         builds the site into out/docs/html from the notebooks as they are, and checks its links
+# make test-browser the tutorials in JupyterLab and Chromium, pictures into out/browser
 # make paper        every table and figure into out/paper/<preset>; PRESET=smoke, mini or paper; ONLY="table_2 figure_1" runs some
 PYTHON ?= python3
 VENV ?= .venv
@@ -22,12 +23,14 @@ INSTALLED := $(VENV)/.installed
 export JUPYTER_PREFER_ENV_PATH = 1
 unexport MPLBACKEND
 
-.PHONY: help install quickstart docs paper test benchmark keep export notebooks readme clean
+.PHONY: help install quickstart docs paper test test-browser wheels benchmark keep export notebooks readme clean
 help:
 	@echo 'quickstart  install, run nbs/tutorials/quickstart.ipynb into out/'
 	@echo 'docs        install, build the site into out/docs/html, check its links; runs no notebook'
 	@echo 'paper       install, run nbs/paper in PRESET=$(PRESET) into out/paper/$(PRESET), sum up; ONLY="table_2 …" runs some'
 	@echo 'test        install, check the notebooks, run each in the smoke preset, and the tests'
+	@echo 'test-browser  install, run the tutorials in JupyterLab in Chromium; pictures in out/browser'
+	@echo 'wheels      build dmin and dmin_data into dist/'
 	@echo 'benchmark   install, make what is missing of the retraining benchmark NAME=$(NAME) in JOBS processes'
 	@echo 'export      write dmin/ from the notebooks'
 	@echo 'notebooks   run all notebooks in place in the $(PRESET) preset, keep their outputs'
@@ -71,7 +74,18 @@ test: export OMP_NUM_THREADS = 1
 test: export DMIN_REQUIRE_PEERS = 1
 test: $(INSTALLED)
 	$(PY) tools/check_notebooks.py
-	$(PY) tools/forked.py $(PY) -m pytest -n $(JOBS) --dist worksteal --nbmake --nbmake-timeout=900 --durations=20 nbs tests
+	$(PY) tools/forked.py $(PY) -m pytest -n $(JOBS) --dist worksteal --nbmake --nbmake-timeout=900 --durations=20 --ignore tests/browser nbs tests
+
+test-browser: export DMIN_PRESET = smoke
+test-browser: export DMIN_OUT = $(CURDIR)/out/smoke
+test-browser: export HF_HUB_OFFLINE = 1
+test-browser: export OMP_NUM_THREADS = 1
+test-browser: $(INSTALLED)
+	$(PY) -m pip install --progress-bar off -e '.[dev,browser]' -c constraints.txt
+	$(PY) tools/forked.py $(PY) -m pytest --durations=5 tests/browser
+
+wheels: $(INSTALLED)
+	$(PY) tools/make_wheels.py
 
 benchmark: export OMP_NUM_THREADS = 1
 benchmark: $(INSTALLED)

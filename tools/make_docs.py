@@ -25,7 +25,8 @@ WIDGET = "application/vnd.jupyter.widget-view+json"
 
 # caption -> what is in it: folders of notebooks, or notebooks, below nbs
 SECTIONS = {
-    "Start": ["index", "tutorials/quickstart", "tutorials/own_pictures", "tutorials/any_image", "tutorials/digits"],
+    "Start": ["index", "tutorials/quickstart", "tutorials/own_pictures", "tutorials/any_image", "tutorials/digits",
+        "tutorials/explore"],
     "Tutorials": ["tutorials"],
     "Methods": ["methods"],
     "How it works": ["core", "00_lora", "01_pipelines", "02_training", "api"],
@@ -127,7 +128,9 @@ def readable(path: Path) -> dict:
     book = json.loads(path.read_text(encoding="utf-8"))
     book["metadata"]["language_info"] = {"name": "python", "pygments_lexer": "ipython3"}
     for cell in book["cells"]:
-        if cell["cell_type"] == "markdown": cell["source"] = inside("".join(cell["source"]), path)
+        if cell["cell_type"] == "markdown":
+            source = re.sub(r"!(\[Open in Colab\])\(\S+?\)", r"\1", "".join(cell["source"]))   # no picture of others'
+            cell["source"] = inside(source.replace("[[Open in Colab]]", "[Open in Colab]"), path)
         for output in cell.get("outputs", []):
             data = output.get("data", {})
             if "text/markdown" in data: data["text/markdown"] = inside("".join(data["text/markdown"]), path)

@@ -8,14 +8,13 @@ __all__ = ['Ranking', 'Scores', 'averaged', 'CosinePart', 'cosine_parts', 'cosin
 
 # %% ../../nbs/core/14_scores.ipynb #d221998e
 import html
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-from .answers import Answer, chosen, known_columns, with_free_names
+from .answers import Answer, caption, chosen, known_columns, with_free_names
 from .checks import timestep_weights, whole
 from .dtypes import columns
 from .gradients import Gradients
@@ -24,21 +23,6 @@ from .images import as_samples
 from .regions import fade_outside, one_region_each
 from .shards import Shard
 from .show import attribution_figure, attribution_html, Strip
-
-# %% ../../nbs/core/14_scores.ipynb #614fb6e0
-def _caption(row: dict, dataset) -> str:
-    """Subset and prompt, else the label by name, and the file's name, as far as they are known."""
-    file = Path(getattr(row.get("image"), "filename", "") or "").name
-    return " · ".join(x for x in (_said(row, dataset), file) if x)
-
-
-def _said(row: dict, dataset) -> str:
-    from datasets import ClassLabel
-    if row.get("prompt"): return ": ".join(str(row[c]) for c in ("subset", "prompt") if row.get(c))
-    label, kind = row.get("label"), dataset.features.get("label")
-    if isinstance(kind, ClassLabel) and isinstance(label, int):
-        return f"label {kind.int2str(label)}" if 0 <= label < kind.num_classes else ""
-    return f"label {label}" if label is not None else str(row.get("subset") or "")
 
 # %% ../../nbs/core/14_scores.ipynb #21fe69fc
 def _rank_range(ranks: torch.Tensor) -> str:   # (seeds,)
@@ -58,23 +42,23 @@ def _strip(ranking: "Ranking", part: "Ranking", q: int, query: dict) -> Strip:
     """A query's training images by one of the rankings that are shown together; the first shows the query."""
     samples, titles = [ranking.samples[int(i)] for i in part.rows[q]], []
     for rank, (row, score, sample) in enumerate(zip(part.rows[q], part.scores[q], samples), 1):
-        lines = [f"{rank}  {score:+.3f}", f"row {row}", _caption(sample, ranking.samples)]
+        lines = [f"{rank}  {score:+.3f}", f"row {row}", caption(sample, ranking.samples)]
         if part.ranks is not None: lines.insert(2, _rank_range(part.ranks[q, rank - 1]))
         titles.append("\n".join(lines))
     images, heading = [sample["image"] for sample in samples], _heading(part, q, "framed")
     marked = None if part.ranks is None else part.stable[q].tolist()
     if part is not ranking: return Strip(None, "", images, titles, heading, marked)
-    about = f"query {q}\n{_caption(query, ranking.queries)}".strip()
+    about = f"query {q}\n{caption(query, ranking.queries)}".strip()
     return Strip(query["image"], about, images, titles, heading, marked)
 
 # %% ../../nbs/core/14_scores.ipynb #2542c759
-def _line(part: "Ranking", q: int, rank: int, caption: str) -> str:
+def _line(part: "Ranking", q: int, rank: int, said: str) -> str:
     """One training sample of a ranking as text."""
     i, score, mark, ranks = int(part.rows[q, rank]), part.scores[q, rank], " ", ""
     if part.ranks is not None:
         mark = "*" if part.stable[q, rank] else " "
         ranks = f"   {_rank_range(part.ranks[q, rank]):14}"
-    return f"{mark}{rank + 1:3}. sample {i:5}   {score:+.4f}{ranks}   {caption}".rstrip()
+    return f"{mark}{rank + 1:3}. sample {i:5}   {score:+.4f}{ranks}   {said}".rstrip()
 
 
 def _lines(ranking: "Ranking"):
@@ -86,7 +70,7 @@ def _lines(ranking: "Ranking"):
         for part in parts:
             yield f"query {q} · {_heading(part, q, '*')}"
             for rank, i in enumerate(part.rows[q].tolist()):
-                yield _line(part, q, rank, _caption(words[i], words) if named else "")
+                yield _line(part, q, rank, caption(words[i], words) if named else "")
 
 # %% ../../nbs/core/14_scores.ipynb #43c90f66
 _SHOWN = 20   # queries at most in a notebook's cell; figures show all
@@ -121,6 +105,7 @@ class Ranking(Answer):
     samples: object = None  # the training data set, if known
     shown_with: "tuple[Ranking, ...]" = ()
     ranks: torch.Tensor | None = None   # (n_queries, k, seeds) from 1: each sample's, by each seed's scores
+    source: "Scores | None" = None      # what it ranks, if all of it is known
 
     @property
     def stable(self) -> torch.Tensor | None:   # (n_queries, k) bool
@@ -159,8 +144,15 @@ class Ranking(Answer):
         ranks = None if self.ranks is None else self.ranks[some]
         queries = None if self.queries is None else self.queries.select(some)
         with_them = tuple(part[some] for part in self.shown_with)
+        source = None if self.source is None else self.source[some]
         parts = dict(rows=self.rows[some], scores=self.scores[some], ranks=ranks)
-        return replace(self, queries=queries, shown_with=with_them, **parts)
+        return replace(self, queries=queries, shown_with=with_them, source=source, **parts)
+
+    def explore(self, others: "Mapping[str, Scores] | None" = None, name: str = "influence"):
+        """`Scores.explore` of what it ranks. Raises `ValueError` when only what it found is known."""
+        if self.source is None:
+            raise ValueError("only the samples found are known: ask for store.influence(images).explore()")
+        return self.source.explore(others, name, self.rows.shape[1])
 
     def body(self, most: int | None = None) -> str:
         """As HTML, of at most so many queries."""
@@ -236,6 +228,19 @@ class Scores(Answer):
         """
         return by_group(self.values, groups, k, self.queries, self.samples)
 
+    def explore(
+        self,
+        others: "Mapping[str, Scores] | None" = None,   # of other methods, by name; of the same queries and samples
+        name: str = "influence",                        # of these
+        k: int = 10,                                    # samples shown at first
+    ):                                                  # an Explorer
+        """Look around with mouse or keyboard: queries, methods, weights of timesteps, groups, single pictures.
+
+        Raises `ValueError` when images are not known, or others' scores are of other queries or samples.
+        """
+        from dmin.core.explore import Explorer
+        return Explorer({name: self} | dict(others or {}), k)
+
     @property
     def heading(self) -> str: return repr(self)
 
@@ -278,7 +283,7 @@ def _ranked(scores: Scores, k: int, heading: str, largest: bool) -> Ranking:
     ranks = [x.ranks(largest).gather(1, rows) for x in scores.repeats]
     return Ranking(
         rows, order.values[:, :k], heading, scores.queries, scores.samples,
-        ranks=torch.stack(ranks, 2) if ranks else None)
+        ranks=torch.stack(ranks, 2) if ranks else None, source=scores)
 
 # %% ../../nbs/core/14_scores.ipynb #0f50169e
 def _recipe(scores: Scores) -> dict:
