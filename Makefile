@@ -23,7 +23,7 @@ INSTALLED := $(VENV)/.installed
 export JUPYTER_PREFER_ENV_PATH = 1
 unexport MPLBACKEND
 
-.PHONY: help install quickstart docs paper test test-browser wheels benchmark keep export notebooks readme clean
+.PHONY: help install quickstart docs paper test test-browser wheels archive lock container benchmark keep export notebooks readme clean
 help:
 	@echo 'quickstart  install, run nbs/tutorials/quickstart.ipynb into out/'
 	@echo 'docs        install, build the site into out/docs/html, check its links; runs no notebook'
@@ -31,6 +31,9 @@ help:
 	@echo 'test        install, check the notebooks, run each in the smoke preset, and the tests'
 	@echo 'test-browser  install, run the tutorials in JupyterLab in Chromium; pictures in out/browser'
 	@echo 'wheels      build dmin and dmin_data into dist/'
+	@echo 'archive     the release in dist/: repository, wheels, checksums'
+	@echo 'lock        write requirements.lock from constraints.txt'
+	@echo 'container   build the image of Containerfile, by podman'
 	@echo 'benchmark   install, make what is missing of the retraining benchmark NAME=$(NAME) in JOBS processes'
 	@echo 'export      write dmin/ from the notebooks'
 	@echo 'notebooks   run all notebooks in place in the $(PRESET) preset, keep their outputs'
@@ -86,6 +89,16 @@ test-browser: $(INSTALLED)
 
 wheels: $(INSTALLED)
 	$(PY) tools/make_wheels.py
+
+archive: $(INSTALLED)
+	$(PY) tools/make_archive.py
+
+lock: $(INSTALLED)
+	$(PY) -m pip install --progress-bar off uv
+	$(PY) tools/make_lock.py
+
+container:
+	podman build -t dmin .
 
 benchmark: export OMP_NUM_THREADS = 1
 benchmark: $(INSTALLED)

@@ -1,5 +1,5 @@
 """Checks that what is committed agrees: clean notebooks in the style of the project, dmin/ as exported from them
-and with all its names, README.md as made from nbs/index.ipynb.
+and with all its names, README.md and ARTIFACT.md as made from their notebooks, first cells as they should be.
 """
 import difflib
 import html
@@ -18,6 +18,7 @@ from nbdev.config import get_config
 from nbdev.doclinks import nbdev_export
 
 from check_style import check as unlike_style
+from first_cells import stale
 from make_readme import ROOT, make_readme
 
 
@@ -116,15 +117,19 @@ def unlike_results() -> list[str]:
 
 
 def unlike_readme() -> list[str]:
-    """Where README.md and its pictures differ from what nbs/index.ipynb makes."""
+    """Where README.md, ARTIFACT.md and their pictures differ from what their notebooks make."""
     fresh = make_readme()
     here = {
         p.relative_to(ROOT).as_posix()
-        for p in [ROOT / "README.md", *(ROOT / "index_files").glob("*")]
+        for p in [ROOT / "README.md", ROOT / "ARTIFACT.md", *(ROOT / "index_files").glob("*")]
         if p.exists()}
     stale = {name for name in here if name not in fresh} | {
         n for n, c in fresh.items() if n not in here or (ROOT / n).read_bytes() != c}
-    return [f"{name} differs from what nbs/index.ipynb makes: run make readme" for name in sorted(stale)]
+    return [f"{name} differs from what its notebook makes: run make readme" for name in sorted(stale)]
+
+
+def unlike_first_cells() -> list[str]:
+    return [f"{path.relative_to(ROOT)} has other first cells: run tools/first_cells.py" for path in stale()]
 
 
 if __name__ == "__main__":
@@ -132,6 +137,7 @@ if __name__ == "__main__":
     paths = [p for p in sorted((ROOT / "nbs").rglob("*.ipynb")) if ".ipynb_checkpoints" not in p.parts]
     found = [what for path in paths for what in unclean(path)] + unlike_style(paths)
     found += unlike_export() + careless_names() + unlike_results() + unlike_readme()
+    found += unlike_first_cells()
     for what in found: print(what, file=sys.stderr)
     print(f"{len(paths)} notebooks checked, {len(found)} things to mend", flush=True)
     sys.exit(1 if found else 0)

@@ -39,6 +39,7 @@ LONG = {
     "_Total": 31,
     "_FactoredPlaces": 27,
     "_SOURCE": 52,   # of C
+    "_RENDER": 29,   # of JavaScript
     "FactoredCompressor": 51,
     "ManifestFile": 26,
     "Ranks": 65,
@@ -47,11 +48,12 @@ LONG = {
     "ShardFiles": 84,
     "ShardFolder": 194,
     "Store": 148,
-    "Ranking": 61,
-    "Scores": 94,
+    "Ranking": 69,
+    "Scores": 107,
     "Groups": 76,
     "Index": 49,
     "MappedShards": 32,
+    "Explorer": 44,
     "Kernel": 31,
     "Layered": 26,
     "DAS": 26,
@@ -112,14 +114,22 @@ def long_lines(source: str) -> list[str]:
     return [f"a line of {len(x)} columns: {x.strip()[:60]}…" for x in lines]
 
 
+def open_fences(source: str) -> list[str]:
+    """Code in Markdown that does not end, or ends within a line, where nothing ends."""
+    fences = [line for line in source.split("\n") if "```" in line]
+    within = [line for line in fences if not line.lstrip().startswith("```")]
+    return [f"``` within a line: {x[:60]}" for x in within] + ["``` that does not end"] * (len(fences) % 2)
+
+
 def private_imports(tree: ast.Module) -> list[str]:
-    """Names with `_` that belong to another module of the package."""
+    """Names with `_` that belong to another module of the package; `__version__` is anyone's."""
     nodes = [
         n
         for n in ast.walk(tree)
         if isinstance(n, ast.ImportFrom) and (n.module or "").split(".")[0] == "dmin"]
     return [
-        f"imports {name.name} from {n.module}" for n in nodes for name in n.names if name.name.startswith("_")
+        f"imports {name.name} from {n.module}" for n in nodes for name in n.names
+        if name.name.startswith("_") and not name.name.startswith("__")
     ]
 
 
@@ -144,6 +154,7 @@ def faults(path: Path) -> list[str]:
     for i, cell in enumerate(json.loads(path.read_text(encoding="utf-8"))["cells"]):
         source = "".join(cell["source"])
         here = long_lines(source)
+        if cell["cell_type"] == "markdown": here += open_fences(source)
         if cell["cell_type"] == "code":
             tree = code_of(source)
             if tree is not None: here += code_faults(tree, source)

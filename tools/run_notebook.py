@@ -45,11 +45,11 @@ def peak_gb(process: int) -> float:
     return next((int(line.split()[1]) / 1e6 for line in lines if line.startswith("VmHWM")), 0.)
 
 
-def record(name: str, seconds: float, memory_gb: float) -> None:
+def record(name: str, **needed: float) -> None:
     """Keeps what a notebook such as "tutorials/quickstart" needed, for tools/first_cells.py."""
     path = ROOT / "results" / "needs.json"
     known = json.loads(path.read_text()) if path.exists() else {"notebooks": {}}
-    known["notebooks"][name] = {"seconds": round(seconds, 1), "memory_gb": round(memory_gb, 2)}
+    known["notebooks"][name] = {what: round(x, 2) for what, x in needed.items()}
     known["notebooks"] = dict(sorted(known["notebooks"].items()))
     path.write_text(json.dumps(known, indent=1) + "\n")
 

@@ -75,13 +75,14 @@ def places(preset: str, chosen: str | None) -> tuple[Path, Path]:
 
 
 TIMED = "table_4", "table_6"   # judge what was timed
+DIGITS = "dtrak", "kfac"       # begin the names of those that share the retraining benchmark on digits
 
 
 def lanes(names: list[str], most: int) -> list[list[str]]:
     """All after one another, or in three parts: two that run beside one another, as they share no stores, and
     last what must have the machine to itself.
     """
-    digits = [n for n in names if n.startswith(("dtrak", "kfac"))]
+    digits = [n for n in names if n.startswith(DIGITS)]
     alone = [n for n in names if n in TIMED]
     others = [n for n in names if n not in digits and n not in alone]
     return [others, digits, alone] if most > 1 and others and digits else [names]
@@ -99,6 +100,15 @@ def beside_one_another(parts: list[list[str]], again: bool, cores: int) -> None:
         raise
 
 
+def stores_gb(name: str) -> float:
+    """Of all stores that notebooks of this one's lane make."""
+    from dmin.core.files import folder_bytes
+    from dmin.core.runtime import out_folder
+    digits = name.startswith(DIGITS)
+    stores = [p for p in (out_folder() / "stores").glob("*/") if p.name.startswith(("digits", "retrain")) == digits]
+    return sum(map(folder_bytes, stores)) / 1e9
+
+
 def run_one(name: str, folder: Path, record: Path, again: bool) -> None:
     """Runs a notebook unless that is done, and notes what it found."""
     from dmin.core.files import write_atomically
@@ -110,8 +120,9 @@ def run_one(name: str, folder: Path, record: Path, again: bool) -> None:
         print(f"{name}: done already, {folder / name}.ipynb", flush=True)
         return
     print(f"\n{'=' * 20} {name}", flush=True)
-    needed = {}
+    needed, before = {}, stores_gb(name)
     ok = run(notebook, folder / f"{name}.ipynb", timeout=None, needed=needed)
+    needed["disk_gb"] = stores_gb(name) - before
     claims = json.loads(result.read_text())["result"]["claims"] if ok else []
     entry = {"of": of, "ok": ok, **{k: round(x, 2) for k, x in needed.items()}, "claims": claims}
     with FileLock(record.with_suffix(".lock")):   # another process notes its own
@@ -168,7 +179,7 @@ def main() -> int:
             n: e["seconds"] for n, e in ordered.items() if e["ok"]}
         path.write_text(json.dumps(times | {preset: {"machine": about, "seconds": seconds}}, indent=1) + "\n")
         for n in (n for n, e in ordered.items() if e["ok"] and preset == "mini"):
-            record_needs(f"paper/{n}", ordered[n]["seconds"], ordered[n]["memory_gb"])
+            record_needs(f"paper/{n}", **{x: ordered[n][x] for x in ("seconds", "memory_gb", "disk_gb")})
     return 0 if all(done.get(n, {}).get("ok") for n in wanted) else 1
 
 

@@ -27,7 +27,7 @@ def _groups(samples) -> dict[str, list[str]]:
     values = {name: list(dict.fromkeys(str(x) for x in column)) for name, column in columns.items()}
     return {name: found for name, found in values.items() if 1 < len(found) <= _GROUPS}
 
-
+# %% ../../nbs/core/13_explore.ipynb #25ba9bf8
 def _about(methods: "Mapping[str, object]") -> dict:
     """What there is to choose from, for the browser: fixed while the widget lives."""
     first = next(iter(methods.values()))
@@ -69,7 +69,7 @@ def _order(scores, chosen: dict) -> _Order:
         rows = rows[among[rows]]
     return _Order(rows[:chosen["k"]].tolist(), values)
 
-
+# %% ../../nbs/core/13_explore.ipynb #45019a14
 def _item(scores, order: _Order, row: int) -> dict:
     sample = scores.samples[row]
     about = {"row": row, "score": f"{order.values[row]:+.3f}", "caption": caption(sample, scores.samples)}
@@ -264,7 +264,8 @@ def _same_questions(methods: "Mapping[str, object]") -> None:
     first = next(iter(methods.values()))
     for known, what in ((first.samples, "training images"), (first.queries, "queries' images")):
         if known is None:
-            raise ValueError(f"the {what} are not known: open the store with its samples, ask it about images")
+            raise ValueError(
+                f"the {what} are not known: open the store with its samples, ask it about images")
     for name, scores in methods.items():
         if (found := tuple(scores.per_timestep.shape[:2])) != (size := tuple(first.per_timestep.shape[:2])):
             raise ValueError(
@@ -292,7 +293,11 @@ class Explorer(anywidget.AnyWidget):
     _esm, _css = _SCRIPT, _STYLE
     about, chosen, shown = (traitlets.Dict().tag(sync=True) for _ in range(3))
 
-    def __init__(self, methods: "Mapping[str, object]", k: int = 10):   # Scores by name, the first shown first
+    def __init__(
+        self,
+        methods: "Mapping[str, object]",   # Scores by name; the first are shown first
+        k: int = 10,                       # samples shown
+    ):
         _same_questions(methods)
         self.methods, about = dict(methods), _about(methods)
         about["most"] = max(about["most"], min(k, next(iter(methods.values())).per_timestep.shape[1]))
@@ -325,5 +330,5 @@ class Explorer(anywidget.AnyWidget):
         return attribution_html([query])
 
     def _repr_mimebundle_(self, **options):
-        data, *rest = found if isinstance(found := super()._repr_mimebundle_(**options), tuple) else (found, {})
-        return (data | {"text/html": self.static()}, *rest)
+        data, about = super()._repr_mimebundle_(**options)
+        return data | {"text/html": self.static()}, about

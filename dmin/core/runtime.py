@@ -98,8 +98,8 @@ def data_command() -> str:
 
 # %% ../../nbs/core/01_runtime.ipynb #60250ce4
 def data_folder() -> Path:
-    """The data that come with dmin: the folder `DMIN_DATA` if that is set, else `data` of the clone, else that of
-    the package `dmin_data`.
+    """The data that come with dmin: the folder `DMIN_DATA` if that is set, else the clone's `data`, else the
+    one of the package `dmin_data`.
 
     Raises `FileNotFoundError` where there are none, or those of another version, and says what brings them.
     """
@@ -125,8 +125,8 @@ def _installed_data() -> Path:
 
 # %% ../../nbs/core/01_runtime.ipynb #b5e6ba79
 def out_folder() -> Path:
-    """Where notebooks put what they make: the folder `DMIN_OUT`, if that is set, or `out` in the clone, or in the
-    current folder where there is none.
+    """Where notebooks put what they make: the folder `DMIN_OUT`, if that is set, or `out` in the clone, or in
+    the current folder where there is none.
     """
     folder = Path(os.environ.get("DMIN_OUT") or (_clone() or Path.cwd()) / "out")
     folder.mkdir(parents=True, exist_ok=True)

@@ -230,11 +230,11 @@ class Scores(Answer):
 
     def explore(
         self,
-        others: "Mapping[str, Scores] | None" = None,   # of other methods, by name; of the same queries and samples
+        others: "Mapping[str, Scores] | None" = None,   # other methods', of the same queries and samples
         name: str = "influence",                        # of these
         k: int = 10,                                    # samples shown at first
     ):                                                  # an Explorer
-        """Look around with mouse or keyboard: queries, methods, weights of timesteps, groups, single pictures.
+        """To look around in: queries, methods, weights of timesteps, groups, single pictures.
 
         Raises `ValueError` when images are not known, or others' scores are of other queries or samples.
         """

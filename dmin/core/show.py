@@ -270,7 +270,7 @@ def picture(image, side: int) -> tuple[str, int, int, bool]:
     data = base64.b64encode(buffer.getvalue()).decode()
     return f"data:image/png;base64,{data}", w, h, by_pixel
 
-
+# %% ../../nbs/core/05_show.ipynb #df907125
 def _img(image, side: int, style: str) -> str:
     """An <img> at most `side` CSS pixels wide and high."""
     source, w, h, by_pixel = picture(image, side)
