@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from first_cells import ROOT, settings
@@ -59,12 +60,18 @@ def code_project(folder: Path) -> Path:
     return folder
 
 
+def new_setuptools() -> bool:
+    try: return int(version("setuptools").split(".")[0]) >= 77
+    except PackageNotFoundError: return False
+
+
 def make_wheels(dist: Path) -> list[Path]:
     dist.mkdir(parents=True, exist_ok=True)
     environment = {"SOURCE_DATE_EPOCH": git("log", "-1", "--format=%ct").strip(), **os.environ}
     with tempfile.TemporaryDirectory() as scratch:
         projects = code_project(Path(scratch) / "code"), data_project(Path(scratch) / "data")
         command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(dist.resolve())]
+        if new_setuptools(): command.append("--no-build-isolation")   # nothing is fetched
         subprocess.run([*command, *map(str, projects)], check=True, env=environment)
     return [dist / f"{name}-{settings()['version']}-py3-none-any.whl" for name in ("dmin", "dmin_data")]
 

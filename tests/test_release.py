@@ -1,0 +1,154 @@
+"""What leaves the repository: the two wheels outside a clone, the archive, the address in every file."""
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import nbformat
+import pytest
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "tools"))
+
+from first_cells import first_cells, settings, stale   # noqa: E402
+from make_archive import archive, checksums            # noqa: E402
+from make_wheels import make_wheels                    # noqa: E402
+from set_address import files, set_address             # noqa: E402
+
+PLACEHOLDER = "OWN" + "ER"   # so that this file does not hold it
+
+pytestmark = pytest.mark.skipif(not (ROOT / ".git").exists(), reason="what is released is what git tracks")
+
+
+@pytest.fixture(scope="module")
+def wheels(tmp_path_factory): return make_wheels(tmp_path_factory.mktemp("dist"))
+
+
+@pytest.fixture
+def installed(wheels, tmp_path):
+    """A folder in which both are installed, as pip would, and an empty one to run in."""
+    for wheel in wheels: zipfile.ZipFile(wheel).extractall(tmp_path / "site")
+    (tmp_path / "run").mkdir()
+    return tmp_path
+
+
+def outside(folder, script, **environment):
+    """What a script prints where nothing of the clone is in reach."""
+    known = {k: v for k, v in os.environ.items() if not k.startswith("DMIN_")}
+    run = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=folder / "run",
+        env=known | {"PYTHONPATH": str(folder / "site")} | environment,
+        capture_output=True,
+        text=True,
+        timeout=600)
+    assert run.returncode == 0, run.stderr
+    return run.stdout.strip()
+
+
+def test_an_answer_without_a_clone(installed):
+    """Data, model, store and results come from the package of data; what is made goes to the current folder."""
+    script = """
+from dmin import collect, load_mixture, load_pipeline
+from dmin.core.runtime import data_folder, made_data_folder, out_folder, shown_path
+from dmin.reproduction.claims import claims_summary, paper_notebooks
+train = load_mixture("mini").select(range(6))
+store = collect(load_pipeline("tiny-sd3-lora"), train, "store", timesteps=1, progress=False)
+print(store.influence(train.select([2])).top(1).rows.item(), len(paper_notebooks()), "not run" in claims_summary())
+print(data_folder(), out_folder(), made_data_folder(), shown_path(out_folder() / "x"), sep="\\n")
+"""
+    site, run = installed / "site", installed / "run"
+    assert outside(installed, script).split("\n") == [
+        "2 20 False", str(site / "dmin_data" / "data"), str(run / "out"), str(run / "out" / "data"), "out/x"]
+
+
+@pytest.mark.parametrize("harm", ["missing", "of another version"])
+def test_data_that_are_not_there_name_their_command(installed, harm):
+    site, version = installed / "site", settings()["version"]
+    about = site / f"dmin_data-{version}.dist-info"
+    if harm == "missing": shutil.rmtree(site / "dmin_data")
+    else:
+        text = (about / "METADATA").read_text()
+        (about / "METADATA").write_text(text.replace(f"Version: {version}", "Version: 0.0.0"))
+    script = """
+from dmin import load_pipeline
+try: load_pipeline("ddpm-mnist")
+except FileNotFoundError as e: print(e)
+"""
+    told = outside(installed, script)
+    assert f"pip install {settings()['git_url']}/releases/download/v{version}/dmin_data-{version}-py3" in told
+    assert harm == "missing" or "of version 0.0.0" in told
+
+
+def test_the_same_commit_makes_the_same_wheels(wheels, tmp_path):
+    assert checksums(make_wheels(tmp_path)) == checksums(wheels)
+
+
+def test_the_archive_holds_what_is_committed(tmp_path):
+    path = archive(tmp_path / "dmin-1.tar.gz")
+    listed = subprocess.run(["git", "ls-tree", "-r", "--name-only", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    with tarfile.open(path) as tar:
+        assert {m.name.removeprefix("dmin-1/") for m in tar if m.isfile()} == {*listed.stdout.split("\n")} - {""}
+    told = checksums([path]).split()
+    assert told == [hashlib.sha256(path.read_bytes()).hexdigest(), "dmin-1.tar.gz"]
+
+
+@pytest.fixture
+def copied(tmp_path):
+    """The text files of the repository, tracked by a git of their own."""
+    for path in files(ROOT):
+        to = tmp_path / path.relative_to(ROOT)
+        to.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, to)
+    for words in (["init", "-q"], ["add", "-A"]): subprocess.run(["git", *words], cwd=tmp_path, check=True)
+    return tmp_path
+
+
+def holding(root, word): return [str(p.relative_to(root)) for p in files(root) if word in p.read_text()]
+
+
+def test_one_command_sets_the_address_everywhere(copied):
+    places = holding(copied, PLACEHOLDER)
+    assert {"settings.ini", "pyproject.toml", "CITATION.cff", "dmin/_modidx.py"} < {*places}
+    chosen = dict(
+        git_url="https://github.com/alice/attribution", site="https://alice.example/docs", author="Alice",
+        email="alice@example.com")  # fmt: skip
+    set_address(copied, **chosen)
+    assert holding(copied, PLACEHOLDER) == [] and stale(copied) == {}
+    quickstart = nbformat.read(copied / "nbs" / "tutorials" / "quickstart.ipynb", as_version=4)
+    assert "colab.research.google.com/github/alice/attribution/blob/main/nbs/tutorials/" in quickstart.cells[1].source
+    set_address(copied, **chosen | {"git_url": "https://github.com/bob/dmin", "site": "https://bob.example"})
+    assert holding(copied, "alice/") == holding(copied, "alice.example/docs") == []
+
+
+def test_first_cells_install_this_version():
+    about, install = first_cells("tutorials/quickstart")
+    s = settings()
+    assert f"{s['git_url']}/releases/download/v{s['version']}" in install
+    assert f"dmin-{s['version']}-" in install and f"dmin_data-{s['version']}-" in install
+    assert "quickstart.ipynb" in about and stale() == {}
+
+
+def test_needs_are_of_notebooks_that_are_there():
+    measured = json.loads((ROOT / "results" / "needs.json").read_text())["notebooks"]
+    missing = [name for name in measured if not (ROOT / "nbs" / f"{name}.ipynb").exists()]
+    assert missing == [] and all(x["seconds"] > 0 and x["memory_gb"] > 0 for x in measured.values())
+
+
+def test_the_lock_is_of_the_tested_versions():
+    """Every version that constraints.txt names and the lock has is the same."""
+    def pins(path):
+        lines = [line.split(" ")[0] for line in (ROOT / path).read_text().splitlines() if "==" in line]
+        return {name.lower().replace("_", "-"): v for name, v in (x.split("==") for x in lines if x[0].isalpha())}
+
+    locked, tested = pins("requirements.lock"), pins("constraints.txt")
+    wrong = {n: (v, locked[n]) for n, v in tested.items() if locked.get(n, v).removesuffix("+cpu") != v}
+    assert wrong == {} and {"torch", "diffusers", "hnswlib", "nbmake"} <= locked.keys()
+    entries = re.split(r"(?m)^(?=\S+==)", (ROOT / "requirements.lock").read_text())[1:]
+    assert len(entries) == len(locked) and all("--hash=sha256:" in x for x in entries)
