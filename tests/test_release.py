@@ -21,7 +21,7 @@ from make_archive import archive, checksums            # noqa: E402
 from make_wheels import make_wheels                    # noqa: E402
 from set_address import files, set_address             # noqa: E402
 
-PLACEHOLDER = "OWN" + "ER"   # so that this file does not hold it
+PLACEHOLDER, CAROL = "OWN" + "ER", "car" + "ol"   # so that this file does not hold them
 
 pytestmark = pytest.mark.skipif(not (ROOT / ".git").exists(), reason="what is released is what git tracks")
 
@@ -117,14 +117,14 @@ def test_one_command_sets_the_address_everywhere(copied):
     places = holding(copied, PLACEHOLDER)
     assert {"settings.ini", "pyproject.toml", "CITATION.cff", "dmin/_modidx.py"} < {*places}
     chosen = dict(
-        git_url="https://github.com/alice/attribution", site="https://alice.example/docs", author="Alice",
-        email="alice@example.com")  # fmt: skip
+        git_url=f"https://github.com/{CAROL}/attribution", site=f"https://{CAROL}.example/docs", author="Carol",
+        email=f"{CAROL}@example.com")  # fmt: skip
     set_address(copied, **chosen)
     assert holding(copied, PLACEHOLDER) == [] and stale(copied) == {}
     quickstart = nbformat.read(copied / "nbs" / "tutorials" / "quickstart.ipynb", as_version=4)
-    assert "colab.research.google.com/github/alice/attribution/blob/main/nbs/tutorials/" in quickstart.cells[1].source
+    assert f"colab.research.google.com/github/{CAROL}/attribution/blob/main/nbs/tutorials/" in quickstart.cells[1].source
     set_address(copied, **chosen | {"git_url": "https://github.com/bob/dmin", "site": "https://bob.example"})
-    assert holding(copied, "alice/") == holding(copied, "alice.example/docs") == []
+    assert holding(copied, f"{CAROL}/") == holding(copied, f"{CAROL}.example/docs") == []
 
 
 def test_first_cells_install_this_version():

@@ -22,8 +22,7 @@ def files(root: Path) -> list[Path]:
     """Those that git tracks and that are text."""
     names = subprocess.run(["git", "ls-files", "-z"], cwd=root, capture_output=True, text=True, check=True).stdout
     paths = [root / name for name in names.split("\0") if name]
-    binary = {".png", ".npz", ".parquet", ".safetensors"}
-    return [p for p in paths if p.suffix not in binary and p.is_file()]
+    return [p for p in paths if p.is_file() and b"\0" not in p.read_bytes()[:2000]]
 
 
 def replacements(root: Path, git_url: str, site: str, author: str, email: str) -> dict[str, str]:
