@@ -48,13 +48,13 @@ def first_cells(name: str, root: Path = ROOT) -> tuple[str, str]:
     badge = (
         f"{BADGE}(https://colab.research.google.com/assets/colab-badge.svg)]"
         f"(https://colab.research.google.com/github/{where}/blob/{s['branch']}/nbs/{name}.ipynb)")
-    wheels = [f"{{release}}/{package}-{s['version']}-py3-none-any.whl" for package in ("dmin", "dmin_data")]
     install = (
         f"{INSTALL}, as in Colab, this installs it with its data; elsewhere it does nothing.\n"
         "import importlib.util\n\n"
         'if not importlib.util.find_spec("dmin"):\n'
         f'    release = "{s["git_url"]}/releases/download/v{s["version"]}"\n'
-        f"    %pip install -q {' '.join(wheels)}")
+        f'    wheels = [f"{{release}}/{{name}}-{s["version"]}-py3-none-any.whl" for name in ("dmin", "dmin_data")]\n'
+        '    get_ipython().run_line_magic("pip", " ".join(["install", "-q", *wheels]))')
     return f"{badge} {needs(name, root)}".strip(), install
 
 
