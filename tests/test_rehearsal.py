@@ -1,4 +1,5 @@
-"""The rehearsal of the paper preset: the stand-in answers the Hub's own clients, and has all that they ask for."""
+"""The rehearsal of the paper preset: its stand-in answers the Hub's own clients, and has what they ask for.
+"""
 import json
 import os
 import subprocess

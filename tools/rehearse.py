@@ -5,11 +5,12 @@ python tools/rehearse.py table_2 figure_1     # some
 python tools/rehearse.py --again              # also those that are done
 
 The preset's names stay as they are: pipelines, data sets and models are fetched by the Hub's real clients,
-from tools/hub_stand_in.py, and tuned and judged as ever. Its numbers become small, as `SMALLER` says. So what is
-measured means nothing; that everything ran does. Nothing is asked of the network or of the user's caches.
+from tools/hub_stand_in.py, and tuned and judged as ever. Its numbers become small, as `SMALLER` says. So what
+is measured means nothing; that everything ran does. Nothing is asked of the network or of the user's caches.
 
 Everything goes to out/rehearsal: repositories to hub, what was fetched to home, executed notebooks and
-summary.md to paper/paper. A run that was stopped goes on where it was; another stand-in, or other sizes, begin anew.
+summary.md to paper/paper. A run that was stopped goes on where it was, unless the stand-in or the sizes have
+changed since.
 """
 import argparse
 import hashlib
@@ -34,7 +35,6 @@ SMALLER = {
         "n_queries": 8,
         "detection_k": (5, 10, 50, 100),
         "top": 25,
-        "digit_size": 32,
         "table_2_prompts": 2,   # a subset: from two on there are intervals
         "mixture_timesteps": (2, 2, 1),
         "mixture_v": (2**8, 2**10, 2**12),
@@ -46,10 +46,10 @@ SMALLER = {
         "other_halves": 4,
         "lds_timesteps": 10,   # a tenth, a fifth and a half of them are whole numbers
         "counterfactuals": 3,
-        "removed": (2, 4, 8)},
+        "removed": (1, 5, 10)},   # the paper's shares, 2, 10 and 20 % of the samples
     # the recipe of the model that is trained again and again, on CIFAR-2
-    "recipe": dict(samples=24, queries=6, steps=6, batch_size=8, channels=(16, 16, 16, 16), sampler_steps=2,
-                   timesteps=4),
+    "recipe": dict(samples=50, queries=6, size=16, channels=(16, 16, 16, 16), layers=1, steps=6, batch_size=8,
+                   sampler_steps=2, timesteps=4),
     "drawn": {"train": 120, "test": 40},   # images of CIFAR-2: a tenth of the stand-in's are of either class
     "pixels": 64,   # height and width, of the mixture and of pipelines from the Hub
     "epochs": 2,    # in which those are tuned
@@ -126,11 +126,11 @@ def environment(out: Path, address: str) -> dict[str, str]:
 
 
 def run(options: list[str], out: Path) -> int:
-    """Runs the notebooks; the exit status of tools/run_paper.py."""
+    """Runs the notebooks one after another, as a machine with a GPU does; tools/run_paper.py's exit status."""
     from hub_stand_in import make_repositories, serving
 
     make_repositories(out / "hub")
-    command = [sys.executable, str(ROOT / "tools" / "run_paper.py"), *options]
+    command = [sys.executable, str(ROOT / "tools" / "run_paper.py"), "--lanes", "1", *options]
     if hasattr(os, "fork"): command = [sys.executable, str(ROOT / "tools" / "forked.py"), *command]
     with serving(out / "hub") as address:
         return subprocess.run(command, env=environment(out, address)).returncode
@@ -141,7 +141,6 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", help="of notebooks, without .ipynb; all by default")
     parser.add_argument("--again", action="store_true", help="also run what is done")
-    parser.add_argument("--lanes", choices=("1", "2"), help="notebooks at a time; by default by the machine")
     args = parser.parse_args()
     sys.path.insert(0, str(ROOT))
     from dmin.reproduction.claims import paper_notebooks
@@ -151,8 +150,7 @@ def main() -> int:
     if unknown := [name for name in wanted if name not in names]:
         parser.error(f"there is no notebook {unknown[0]!r} in nbs/paper; there are {', '.join(names)}")
     begin(OUT)
-    lanes = ["--lanes", args.lanes] if args.lanes else []
-    status = run([*args.names, *["--again"] * args.again, *lanes], OUT)
+    status = run([*args.names, *["--again"] * args.again], OUT)
     record = OUT / "paper" / "paper" / "done.json"
     done = json.loads(record.read_text()) if record.exists() else {}
     ran = [name for name in wanted if done.get(name, {}).get("ok")]
