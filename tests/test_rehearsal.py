@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from urllib.request import Request, urlopen
 
 import pytest
 
@@ -72,6 +73,18 @@ def test_they_get_a_data_set_as_it_is_published(answers):
 def test_they_are_told_what_is_missing(answers):
     names = answers[0]["missing"]
     assert names[0].startswith("Repository") and "Entry" in names[1] and names[2].startswith("Revision")
+
+
+@pytest.mark.parametrize("asked, part", [
+    ("2-5", slice(2, 6)), ("2-", slice(2, None)), ("-3", slice(-3, None))])
+def test_a_part_of_a_file(answers, asked, part):
+    hub = answers[1] / "hub"
+    with serving(hub) as address:
+        url = f"{address}/{ADAPTERS}/resolve/main/pytorch_lora_weights.safetensors"
+        with urlopen(Request(url, headers={"Range": f"bytes={asked}"}), timeout=10) as got:
+            assert got.status == 206 and got.headers["X-Repo-Commit"]
+            whole = (hub / "models" / ADAPTERS / "pytorch_lora_weights.safetensors").read_bytes()
+            assert got.read() == whole[part]
 
 
 def test_every_repository_of_the_paper_preset_has_a_stand_in():
