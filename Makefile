@@ -3,6 +3,7 @@
 # make docs         builds the site into out/docs/html from the notebooks as they are, and checks its links
 # make test-browser the tutorials in JupyterLab and Chromium, pictures into out/browser
 # make paper        every table and figure into out/paper/<preset>; PRESET=smoke, mini or paper; ONLY="table_2 figure_1" runs some
+# make rehearse     the same in the code of the paper preset, tiny, against a stand-in for the Hub, into out/rehearsal; ONLY=… some
 PYTHON ?= python3
 VENV ?= .venv
 # auto: PyTorch's CPU builds where no NVIDIA GPU is found; none: pip's usual indexes; or the address of an index
@@ -23,11 +24,12 @@ INSTALLED := $(VENV)/.installed
 export JUPYTER_PREFER_ENV_PATH = 1
 unexport MPLBACKEND
 
-.PHONY: help install quickstart docs paper test test-browser wheels archive lock container benchmark keep export notebooks readme clean
+.PHONY: help install quickstart docs paper rehearse test test-browser wheels archive lock container benchmark keep export notebooks readme clean
 help:
 	@echo 'quickstart  install, run nbs/tutorials/quickstart.ipynb into out/'
 	@echo 'docs        install, build the site into out/docs/html, check its links; runs no notebook'
 	@echo 'paper       install, run nbs/paper in PRESET=$(PRESET) into out/paper/$(PRESET), sum up; ONLY="table_2 …" runs some'
+	@echo 'rehearse    install, run the code of PRESET=paper in small, without the Hub, into out/rehearsal; ONLY="table_2 …" some'
 	@echo 'test        install, check the notebooks, run each in the smoke preset, and the tests'
 	@echo 'test-browser  install, run the tutorials in JupyterLab in Chromium; pictures in out/browser'
 	@echo 'wheels      build dmin and dmin_data into dist/'
@@ -69,6 +71,9 @@ docs: $(INSTALLED)
 
 paper: $(INSTALLED)
 	DMIN_PRESET=$(PRESET) $(PY) tools/run_paper.py $(ONLY)
+
+rehearse: $(INSTALLED)
+	$(PY) tools/rehearse.py $(ONLY)
 
 test: export DMIN_PRESET = smoke
 test: export DMIN_OUT = $(CURDIR)/out/smoke

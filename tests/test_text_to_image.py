@@ -505,6 +505,14 @@ def test_a_hub_repository_of_the_same_shape(family, tokenizer, mixture, tmp_path
         and network(pipe).peft_config["default"].r == 4)
 
 
+@pytest.mark.parametrize("family", ["sd", "sd3"])
+def test_images_are_as_large_as_a_tuned_network_says(family, tokenizer):
+    pipe = small(family, tokenizer)
+    network(pipe).register_to_config(sample_size=4)   # as load_pipeline does with the Hub's
+    made = generate(pipe, ["a rose"], steps=1, progress=False)[0]["image"]
+    assert made.size == make_objective(pipe).size == (16, 16)
+
+
 def test_recipes_are_the_papers():
     from dmin.core.runtime import data_folder
     from dmin.pipelines import PIPELINES

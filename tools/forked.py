@@ -111,7 +111,7 @@ def ended(work, arguments: list[str]) -> int:
 def be_kernel(arguments: list[str]) -> None:
     from ipykernel.kernelapp import IPKernelApp
 
-    sys.argv = ["ipykernel_launcher", "-f", arguments[0]]
+    sys.argv = ["ipykernel_launcher", "-f", arguments[0], "--quiet"]   # it prints no way to connect to it
     IPKernelApp.launch_instance(argv=sys.argv[1:])
 
 

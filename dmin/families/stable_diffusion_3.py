@@ -156,8 +156,9 @@ def sample_sd3(
     """A batch of PIL images by the pipeline's own scheduler; `size` is the images' side, or (height, width),
     in pixels.
     """
-    latent = height_and_width(pipe.transformer.config.sample_size)
-    if size is not None: latent = tuple(x // pipe.vae_scale_factor for x in height_and_width(size))
+    # load_pipeline sets the network's; the pipeline keeps the one that it was made with
+    if size is None: size = StableDiffusion3Objective.own_size(pipe)
+    latent = tuple(x // pipe.vae_scale_factor for x in height_and_width(size))
     length = 256 if pipe.text_encoder_3 is not None else 1
     with zeros_counted(pipe, latent):
         return pipe(prompts, generator=generators, num_inference_steps=steps, guidance_scale=guidance_scale,
