@@ -176,12 +176,24 @@ def _replace_network(pipe, folder: Path, about: str) -> None:
     pipe.register_modules(**{kind: type(old).from_pretrained(folder, dtype=old.dtype)})
 
 # %% ../nbs/01_pipelines.ipynb #6eebfdf0
+def _tell_strength(pipe, name: str, alpha: int) -> None:
+    """Warns where a name's adapters act with another alpha than its recipe's: their file may hold none."""
+    found = {adapter.lora_alpha for adapter in network(pipe).peft_config.values()}
+    if found == {alpha}: return
+    warnings.warn(
+        f"{name}: its adapters were loaded with alpha {', '.join(map(str, sorted(found)))}, which is their rank"
+        f" where the file holds none, and its recipe says {alpha}: they act at another strength than in"
+        " training. load_pipeline(…, lora=folder) loads a file that holds it", stacklevel=4)
+
+# %% ../nbs/01_pipelines.ipynb #49a716e8
 def _adapt(pipe, name: str, lora: str | Path | None) -> None:
     """Puts the adapters that were asked for, or those that belong to a name, into its pipeline."""
     source = PIPELINES.get(name, PipelineSource(""))
-    if lora is None and source.lora: lora = source.lora if source.hub else data_folder() / source.lora
+    own = lora is None and source.lora
+    if own: lora = source.lora if source.hub else data_folder() / source.lora
     if lora is not None:
         load_lora(pipe, lora)
+        if own and source.recipe: _tell_strength(pipe, name, source.recipe.alpha)
         return
     recipe = source.recipe
     if not (recipe and source.hub): return

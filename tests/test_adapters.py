@@ -2,6 +2,7 @@
 before any work.
 """
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -18,7 +19,8 @@ from dmin.core.images import as_samples
 from dmin.core.registry import make_objective
 from dmin.methods.similarity import CLIP
 from dmin.lora import add_lora, load_lora, save_lora
-from dmin.pipelines import generate, load_pipeline, network
+from dmin.core.runtime import data_folder
+from dmin.pipelines import generate, load_pipeline, network, PIPELINES
 from dmin.families.latent import tiny_vae, train_tokenizer
 from dmin.families.stable_diffusion import tiny_sd
 from dmin.families.stable_diffusion_3 import tiny_sd3
@@ -112,6 +114,15 @@ def test_kohya_alpha_counts(words, tmp_path):
         for m in load_lora(small("sd", words), tmp_path).unet.modules()
         if hasattr(m, "scaling")}
     assert scales == {.5}   # alpha / rank
+
+
+def test_adapters_without_an_alpha_are_told(tmp_path, monkeypatch):
+    """A file of the Hub may hold none: then they act at another strength than they were trained at."""
+    source = PIPELINES["tiny-sd3-lora"]
+    weights = load_file(data_folder() / source.lora / "pytorch_lora_weights.safetensors")
+    save_file(weights, tmp_path / "pytorch_lora_weights.safetensors")   # without its metadata
+    monkeypatch.setitem(PIPELINES, "tiny-sd3-lora", replace(source, lora=str(tmp_path)))
+    with pytest.warns(UserWarning, match="with alpha 4, .* its recipe says 8"): load_pipeline("tiny-sd3-lora")
 
 
 @pytest.mark.parametrize("family, parts", [("sd", p) for p in SD_PARTS] + [
