@@ -178,12 +178,12 @@ def _replace_network(pipe, folder: Path, about: str) -> None:
 # %% ../nbs/01_pipelines.ipynb #6eebfdf0
 def _tell_strength(pipe, name: str, alpha: int) -> None:
     """Warns where a name's adapters act with another alpha than its recipe's: their file may hold none."""
-    found = {adapter.lora_alpha for adapter in network(pipe).peft_config.values()}
-    if found == {alpha}: return
+    found = sorted({adapter.lora_alpha for adapter in network(pipe).peft_config.values()})
+    if found == [alpha]: return
     warnings.warn(
-        f"{name}: its adapters were loaded with alpha {', '.join(map(str, sorted(found)))}, which is their rank"
-        f" where the file holds none, and its recipe says {alpha}: they act at another strength than in"
-        " training. load_pipeline(…, lora=folder) loads a file that holds it", stacklevel=4)
+        f"{name}: its adapters were loaded with alpha {', '.join(map(str, found))}, their rank where the file"
+        f" holds none, and its recipe says {alpha}: they act at another strength than in training."
+        " load_pipeline(…, lora=folder) loads a file that holds it", stacklevel=4)
 
 # %% ../nbs/01_pipelines.ipynb #49a716e8
 def _adapt(pipe, name: str, lora: str | Path | None) -> None:

@@ -86,8 +86,7 @@ def test_a_name_that_is_none():
 
 
 @pytest.mark.parametrize("script", [
-    "from dmin import load_pipeline; load_pipeline('ddpm-mnist')",
-    "from dmin import load_pipeline; load_pipeline('tiny-sd-lora')",
+    "from dmin import load_pipeline; load_pipeline('ddpm-mnist'); load_pipeline('tiny-sd-lora')",
     "import diffusers, dmin; dmin.load_pipeline('tiny-sd3-lora')",
     "import dmin; from diffusers import StableDiffusionPipeline",
 ])

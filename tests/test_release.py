@@ -87,7 +87,7 @@ except FileNotFoundError as e: print(e)
 
 
 def test_the_same_commit_makes_the_same_wheels(wheels, tmp_path):
-    assert checksums(make_wheels(tmp_path)) == checksums(wheels)
+    assert checksums(make_wheels(tmp_path, ["dmin"])) == checksums(wheels[:1])
 
 
 def test_the_archive_holds_what_is_committed(tmp_path):

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -65,15 +66,16 @@ def new_setuptools() -> bool:
     except PackageNotFoundError: return False
 
 
-def make_wheels(dist: Path) -> list[Path]:
+def make_wheels(dist: Path, packages: Sequence[str] = ("dmin", "dmin_data")) -> list[Path]:
     dist.mkdir(parents=True, exist_ok=True)
     environment = {"SOURCE_DATE_EPOCH": git("log", "-1", "--format=%ct").strip(), **os.environ}
     with tempfile.TemporaryDirectory() as scratch:
-        projects = code_project(Path(scratch) / "code"), data_project(Path(scratch) / "data")
+        make = {"dmin": code_project, "dmin_data": data_project}
+        projects = [make[name](Path(scratch) / name) for name in packages]
         command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(dist.resolve())]
         if new_setuptools(): command.append("--no-build-isolation")   # nothing is fetched
         subprocess.run([*command, *map(str, projects)], check=True, env=environment)
-    return [dist / f"{name}-{settings()['version']}-py3-none-any.whl" for name in ("dmin", "dmin_data")]
+    return [dist / f"{name}-{settings()['version']}-py3-none-any.whl" for name in packages]
 
 
 if __name__ == "__main__":

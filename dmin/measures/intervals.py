@@ -36,6 +36,18 @@ class Interval:
     def __str__(self) -> str: return format(self, ".1f")
 
 # %% ../../nbs/measures/00_intervals.ipynb #9f0e991b
+_AT_A_TIME = 2**18   # numbers that are drawn at a time: 2 MB
+
+
+def _drawn_means(values: np.ndarray, draws: int, rng: np.random.Generator) -> np.ndarray:   # (draws,)
+    """Means of as many seeds and queries, drawn with replacement; the same whatever is drawn at a time."""
+    seeds, n = values.shape
+    if seeds == 1: return values[0][rng.integers(n, size=(draws, n))].mean(1)   # a seed alone draws no number
+    drawn = [(rng.integers(seeds, size=seeds), rng.integers(n, size=n)) for _ in range(draws)]
+    rows, columns = map(np.stack, zip(*drawn))
+    return values[rows[:, :, None], columns[:, None]].reshape(draws, -1).mean(1)
+
+# %% ../../nbs/measures/00_intervals.ipynb #7cc856c8
 def interval(
     values: np.ndarray | torch.Tensor,   # (n,) one a query, or (seeds, n)
     draws: int = 1000,                   # bootstrap samples
@@ -50,10 +62,6 @@ def interval(
     if values.ndim != 2 or not values.size or not np.isfinite(values).all():
         raise ValueError(
             f"values of shape {values.shape}: finite numbers are needed, one a query, or (seeds, queries)")
-    seeds, n = values.shape
-    rng = np.random.default_rng(seed)
-    means = []
-    for _ in range(draws):
-        rows, columns = rng.integers(seeds, size=seeds), rng.integers(n, size=n)
-        means.append(values[np.ix_(rows, columns)].mean())
-    return Interval.from_draws(values.mean(), means)
+    rng, at_a_time = np.random.default_rng(seed), max(1, _AT_A_TIME // values.size)
+    parts = (min(at_a_time, draws - first) for first in range(0, draws, at_a_time))
+    return Interval.from_draws(values.mean(), np.concatenate([_drawn_means(values, m, rng) for m in parts]))

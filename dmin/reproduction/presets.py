@@ -82,14 +82,14 @@ RETRAINING = dict(
 # %% ../../nbs/reproduction/02_presets.ipynb #83ec403c
 TRAINING = dict(
     train_steps=Row(20, 3600, 50_000, "steps of the DDPM"),
-    train_batch=Row(128, 64, 128, "images a step"),
+    train_batch=Row(32, 64, 128, "images a step"),
     n_samples=Row(16, 500, 10_000, "generated images that a trained DDPM is judged by"),
     drawings_steps=Row(20, 5000, 5000, "steps of the DDPM that draws other pictures, a base"),
     clipart_steps=Row(20, 10_000, 10_000, "steps of the DDPM that draws clipart"),
     digit_size=Row(16, 16, 32, "height and width of the unconditional models' images"),
     ddpm_channels=Row((16, 32, 64), (16, 32, 64), (64, 128, 256), "width of each level of those"),
-    classifier_epochs=Row(2, 12, 12, "epochs of the classifier that reads generated digits"),
-    size_seconds=Row(2, 75, 240, "training time of each model in the comparison of sizes"),
+    classifier_epochs=Row(1, 12, 12, "epochs of the classifier that reads generated digits"),
+    size_seconds=Row(1, 75, 240, "training time of each model in the comparison of sizes"),
     vae_steps=Row(4, 2000, 20_000, "steps of the tiny autoencoder"),
     base_steps=Row(4, 4000, 50_000, "steps of the tiny SD 3"),
     sd_steps=Row(4, 3200, 50_000, "steps of the tiny SD"),
