@@ -80,10 +80,10 @@ class Index:
         self,
         queries,                 # a data set, an image or several; or their `Gradients`
         k: int = 10,             # how many
-        ef: int | None = None,   # candidates kept while searching; more: slower, higher recall; None: 100, or
-                                 # 20 k where that is more
-        rerank: int | None = None,   # so many of them are ordered by their exact scores; None: 50, at least
-                                     # 10 k, of vectors compressed once more, and none of whole ones
+        ef: int | None = None,   # candidates kept while searching; more: slower, higher recall; None: 100
+                                 # and 10 k
+        rerank: int | None = None,   # so many of them are ordered by their exact scores; None: 50 and
+                                     # 5 k, of vectors compressed once more, and none of whole ones
         weights=None,            # (T,) of the timesteps; None: 1 each
     ) -> Ranking:
         """The k most influential samples of each query, nearly always, by normalised gradients.
@@ -109,8 +109,8 @@ class Index:
 
     def _numbers(self, ef, k, rerank):
         k = whole("k", k, most=self.about["samples"])
-        ef = max(100, 20 * k) if ef is None else whole("ef", ef, most=2**31 - 1)
-        if rerank is None: return ef, k, max(50, 10 * k) if self.about["width"] else 0
+        ef = 100 + 10 * k if ef is None else whole("ef", ef, most=2**31 - 1)
+        if rerank is None: return ef, k, 50 + 5 * k if self.about["width"] else 0
         return ef, k, whole("rerank", rerank, 0)
 
 # %% ../../nbs/core/15_index.ipynb #80372993
