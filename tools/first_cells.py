@@ -37,8 +37,8 @@ def needs(name: str, root: Path = ROOT) -> str:
     measured = json.loads(path.read_text()).get("notebooks", {}) if path.exists() else {}
     if name not in measured: return ""
     found = measured[name]
-    gigabytes = math.ceil(found["memory_gb"] * 2) / 2
-    return f"{minutes(found['seconds'])} on two CPU cores, {gigabytes:g} GB of memory, no GPU."
+    memory = f"{math.ceil(found['memory_gb'] * 2) / 2:g} GB of memory, " if "memory_gb" in found else ""
+    return f"{minutes(found['seconds'])} on two CPU cores, {memory}no GPU."
 
 
 def first_cells(name: str, root: Path = ROOT) -> tuple[str, str]:
