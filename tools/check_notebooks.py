@@ -37,6 +37,8 @@ def unclean(path: Path) -> list[str]:
         cfg.get("allowed_cell_metadata_keys", "").split(),
         cfg.clean_ids)
     if nb2str(nb) != text: found.append("is not clean: run nbdev_clean")
+    if nb["metadata"].get("kernelspec", {}).get("name") != "python3":
+        found.append("names no kernel: JupyterLab would ask its reader for one; set metadata.kernelspec to python3")
     return [f"{path.relative_to(ROOT)} {what}" for what in found]
 
 

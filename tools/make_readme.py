@@ -13,6 +13,7 @@ from pathlib import Path
 
 import nbformat
 from nbconvert import MarkdownExporter
+from nbdev.config import get_config
 from nbdev.serve import proc_nbs
 from traitlets.config import Config
 
@@ -32,8 +33,11 @@ def processed(index: Path) -> nbformat.NotebookNode:
         shutil.copy(ROOT / "settings.ini", folder)
         shutil.copy(index, Path(folder) / "nbs")
         os.chdir(folder)
+        get_config.cache_clear()   # it remembers where it was found
         try: return nbformat.read(Path(proc_nbs("nbs", n_workers=0)) / index.name, as_version=4)
-        finally: os.chdir(before)
+        finally:
+            os.chdir(before)
+            get_config.cache_clear()
 
 
 def tidy(nb: nbformat.NotebookNode, source: Path) -> None:
