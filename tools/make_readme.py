@@ -80,6 +80,7 @@ def exported(source: Path, key: str) -> tuple[str, dict[str, bytes]]:
     text, resources = exporter.from_notebook_node(
         nb, resources={"output_files_dir": "index_files", "unique_key": key})
     note = f"<!-- Made from {source.relative_to(ROOT)} by `make readme`: edit the notebook. -->\n\n"
+    text = re.sub(r"\n(\s*\n){2,}", "\n\n", text)   # around outputs
     return note + text.strip() + "\n", resources["outputs"]
 
 
