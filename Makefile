@@ -90,7 +90,7 @@ test-browser: export HF_HUB_OFFLINE = 1
 test-browser: export OMP_NUM_THREADS = 1
 test-browser: $(INSTALLED)
 	$(PY) -m pip install --progress-bar off -e '.[dev,browser]' -c constraints.txt
-	$(PY) tools/forked.py $(PY) -m pytest --durations=5 tests/browser
+	$(PY) tools/forked.py $(PY) -m pytest -n $(JOBS) --durations=5 tests/browser
 
 wheels: $(INSTALLED)
 	$(PY) tools/make_wheels.py

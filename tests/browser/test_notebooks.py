@@ -40,7 +40,8 @@ def keep(page, path) -> None:
     """A picture of all of it: the window grows to the notebook."""
     height = page.evaluate("document.querySelector('.jp-WindowedPanel-outer').scrollHeight")
     page.set_viewport_size({"width": 1440, "height": min(int(height) + 120, 14_000)})
-    page.wait_for_timeout(300)
+    page.evaluate("document.querySelector('.jp-WindowedPanel-outer').scrollTop = 0")
+    page.wait_for_timeout(500)
     page.screenshot(path=path)
     page.set_viewport_size({"width": 1440, "height": 1000})
 
