@@ -124,6 +124,8 @@ def test_one_command_sets_the_address_everywhere(copied):
     quickstart = nbformat.read(copied / "nbs" / "tutorials" / "quickstart.ipynb", as_version=4)
     assert f"colab.research.google.com/github/{CAROL}/attribution/blob/main/nbs/tutorials/" in quickstart.cells[1].source
     set_address(copied, **chosen | {"git_url": "https://github.com/bob/dmin", "site": "https://bob.example"})
+    set_address(copied, git_url="", site="https://bob.example/pages", author="", email="")
+    for name in ("pyproject.toml", "CITATION.cff"): assert "https://bob.example/pages" in (copied / name).read_text()
     assert holding(copied, f"{CAROL}/") == holding(copied, f"{CAROL}.example/docs") == []
 
 
@@ -131,7 +133,8 @@ def test_first_cells_install_this_version():
     about, install = first_cells("tutorials/quickstart")
     s = settings()
     assert f"{s['git_url']}/releases/download/v{s['version']}" in install
-    assert f"-{s['version']}-py3-none-any.whl" in install and '("dmin", "dmin_data")' in install
+    for package in ("dmin", "dmin_data"): assert f"/{package}-{s['version']}-py3-none-any.whl" in install
+    assert "dmin[kfac]@" in first_cells("paper/kfac_figure_2")[1] and "dmin@" in install
     compile(install, "first cell", "exec")   # tools/run_cells.py runs notebooks without IPython
     assert "quickstart.ipynb" in about and stale() == {}
 

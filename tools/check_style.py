@@ -39,7 +39,9 @@ LONG = {
     "_Total": 31,
     "_FactoredPlaces": 27,
     "_SOURCE": 52,   # of C
-    "_RENDER": 29,   # of JavaScript
+    "_PARTS": 31,    # of JavaScript
+    "_RENDER": 35,
+    "_STYLE": 27,
     "FactoredCompressor": 51,
     "ManifestFile": 26,
     "Ranks": 65,
@@ -53,7 +55,7 @@ LONG = {
     "Groups": 76,
     "Index": 49,
     "MappedShards": 32,
-    "Explorer": 44,
+    "Explorer": 57,
     "Kernel": 31,
     "Layered": 26,
     "DAS": 26,

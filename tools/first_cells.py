@@ -16,6 +16,11 @@ import nbformat
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = "tutorials", "benchmarks", "paper"
+# what is optional, and the notebooks that need it, by how their names begin
+EXTRAS = {
+    "kfac": ("paper/kfac_figure_2", "paper/kfac_figure_4", "paper/kfac_figure_6", "paper/dtrak", "benchmarks/methods",
+             "benchmarks/leaderboard", "benchmarks/tried"),
+    "cluster": ("tutorials/laptop_to_cluster",)}
 BADGE, INSTALL = "[![Open in Colab]", "#| hide\n# Where dmin is missing"
 
 
@@ -41,6 +46,12 @@ def needs(name: str, root: Path = ROOT) -> str:
     return f"{minutes(found['seconds'])} on two CPU cores, {memory}no GPU."
 
 
+def extras(name: str) -> str:
+    """What a notebook needs beside the package, as pip names it."""
+    wanted = [extra for extra, notebooks in EXTRAS.items() if name.startswith(notebooks)]
+    return f"[{','.join(wanted)}]" if wanted else ""
+
+
 def first_cells(name: str, root: Path = ROOT) -> tuple[str, str]:
     """The sources of the two cells, Markdown and code."""
     s = settings(root)
@@ -51,10 +62,12 @@ def first_cells(name: str, root: Path = ROOT) -> tuple[str, str]:
     install = (
         f"{INSTALL}, as in Colab, this installs it with its data; elsewhere it does nothing.\n"
         "import importlib.util\n\n"
-        'if not importlib.util.find_spec("dmin"):\n'
+        'found = importlib.util.find_spec("dmin")\n'
+        "if found is None or found.origin is None:   # a folder of that name is no package\n"
         f'    release = "{s["git_url"]}/releases/download/v{s["version"]}"\n'
-        f'    wheels = [f"{{release}}/{{name}}-{s["version"]}-py3-none-any.whl" for name in ("dmin", "dmin_data")]\n'
-        '    get_ipython().run_line_magic("pip", " ".join(["install", "-q", *wheels]))')
+        f'    code = f"dmin{extras(name)}@{{release}}/dmin-{s["version"]}-py3-none-any.whl"\n'
+        f'    data = f"dmin_data@{{release}}/dmin_data-{s["version"]}-py3-none-any.whl"\n'
+        '    get_ipython().run_line_magic("pip", f"install -q {code} {data}")')
     return f"{badge} {needs(name, root)}".strip(), install
 
 

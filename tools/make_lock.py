@@ -6,11 +6,14 @@ python tools/make_lock.py
 To install what it says:
 pip install --no-deps --require-hashes -r requirements.lock --extra-index-url https://download.pytorch.org/whl/cpu
 """
+import os
 import re
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+
+from torch_index import CPU_INDEX
 
 ROOT = Path(__file__).resolve().parents[1]
 PLATFORM = ("--python-version", "3.11.7", "--python-platform", "x86_64-manylinux_2_28")
@@ -24,6 +27,8 @@ def compiled(source: Path, *options: str) -> str:
     """Packages with their hashes, one below the other."""
     command = [sys.executable, "-m", "uv", "pip", "compile", str(source), *PLATFORM, "--generate-hashes", "--quiet"]
     command += ["--no-header", "--no-annotate", *options]
+    if "UV_FIND_LINKS" not in os.environ:   # a folder that has PyTorch's build
+        command += ["--extra-index-url", CPU_INDEX, "--index-strategy", "unsafe-best-match"]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
 
 

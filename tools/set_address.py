@@ -37,8 +37,10 @@ def replacements(root: Path, git_url: str, site: str, author: str, email: str) -
     if site:
         parts = urlsplit(site)
         host, folder = f"{parts.scheme}://{parts.netloc}", parts.path.rstrip("/")
-        found[s["doc_host"] + s["doc_baseurl"]] = host + folder
-        found[s["doc_host"]] = host
+        found[f'Documentation = "{s["doc_host"]}{s["doc_baseurl"]}"'] = f'Documentation = "{host}{folder}"'
+        found[f"url: {s['doc_host']}{s['doc_baseurl']}\n"] = f"url: {host}{folder}\n"   # CITATION.cff
+        found[f"doc_host = {s['doc_host']}\n"] = f"doc_host = {host}\n"
+        found[f"'doc_host': '{s['doc_host']}'"] = f"'doc_host': '{host}'"
         found[f"doc_baseurl = {s['doc_baseurl']}\n"] = f"doc_baseurl = {folder}\n"
         found[f"'doc_baseurl': '{s['doc_baseurl']}'"] = f"'doc_baseurl': '{folder}'"
     if author:
@@ -73,6 +75,8 @@ def main() -> int:
     if not any(vars(args).values()): parser.error("nothing to set: name one or more of the options")
     for name in ("git_url", "site"):
         value = getattr(args, name).rstrip("/")
+        if name == "git_url" and value and not value.startswith("https://github.com/"):
+            print(f"{value} is not on GitHub, from where alone Colab opens notebooks: the badges lead nowhere")
         if value and not urlsplit(value).scheme: parser.error(f"{value!r} is no address: https://… is expected")
         setattr(args, name, value)
     for path in set_address(ROOT, **vars(args)): print(path.relative_to(ROOT))

@@ -32,4 +32,4 @@ def pip_options(choice: str) -> str:
     return ""
 
 
-print(pip_options(sys.argv[1] if len(sys.argv) > 1 else "auto"))
+if __name__ == "__main__": print(pip_options(sys.argv[1] if len(sys.argv) > 1 else "auto"))

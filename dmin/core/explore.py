@@ -6,6 +6,7 @@
 __all__ = ['Explorer']
 
 # %% ../../nbs/core/13_explore.ipynb #24750357
+import html
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -19,6 +20,7 @@ from .show import attribution_html, picture, Strip
 
 # %% ../../nbs/core/13_explore.ipynb #553a7786
 _MOST, _GROUPS = 60, 40   # samples shown at a time; values of a column that is offered as groups
+_PICTURED = 60            # queries that are buttons; more are found by their number
 
 
 def _groups(samples) -> dict[str, list[str]]:
@@ -31,15 +33,16 @@ def _groups(samples) -> dict[str, list[str]]:
 def _about(methods: "Mapping[str, object]") -> dict:
     """What there is to choose from, for the browser: fixed while the widget lives."""
     first = next(iter(methods.values()))
-    looks = [_picture(image, 48) for image in first.queries["image"]]
-    titles = [f"query {q}  {caption(row, first.queries)}".strip() for q, row in enumerate(first.queries)]
+    n = len(first.queries)
+    looks = [_picture(x, 48) for x in first.queries["image"]] if n <= _PICTURED else [{} for _ in range(n)]
     return {
-        "queries": [{**look, "title": title} for look, title in zip(looks, titles)],
+        "queries": [look | {"title": f"query {q}"} for q, look in enumerate(looks)],
         "methods": list(methods),
         "timesteps": {name: scores.timesteps for name, scores in methods.items()},
         "weights": {name: _weights(scores).tolist() for name, scores in methods.items()},
         "groups": _groups(first.samples),
-        "most": min(_MOST, first.per_timestep.shape[1])}
+        "samples": len(first.samples),
+        "most": min(_MOST, len(first.samples))}
 
 
 def _picture(image, side: int) -> dict:
@@ -56,7 +59,7 @@ class _Order(NamedTuple):
     values: torch.Tensor   # (n_train,)
 
 
-def _order(scores, chosen: dict) -> _Order:
+def _order(scores, chosen: dict, column) -> _Order:   # column: the text of a column, by its name
     """Equal scores keep the samples' order, as in `Scores.top`."""
     given = chosen["weights"]
     weights = _weights(scores) if given is None else timestep_weights(given, scores.timesteps)
@@ -64,27 +67,25 @@ def _order(scores, chosen: dict) -> _Order:
     rows = values.argsort(descending=chosen["end"] == "top", stable=True)
     if chosen["only"]:
         name, value = chosen["only"]
-        column = known_columns(scores.samples, range(len(scores.samples)), name)[name]
-        among = torch.tensor([str(x) == value for x in column])
-        rows = rows[among[rows]]
+        rows = rows[torch.tensor([x == value for x in column(name)])[rows]]
     return _Order(rows[:chosen["k"]].tolist(), values)
 
 # %% ../../nbs/core/13_explore.ipynb #45019a14
-def _item(scores, order: _Order, row: int) -> dict:
-    sample = scores.samples[row]
-    about = {"row": row, "score": f"{order.values[row]:+.3f}", "caption": caption(sample, scores.samples)}
+def _item(samples, order: _Order, row: int) -> dict:
+    sample = samples[row]
+    about = {"row": row, "score": f"{order.values[row]:+.3f}", "caption": caption(sample, samples)}
     return about | _picture(sample["image"], 96)
 
 
-def _large(scores, order: _Order, chosen: dict) -> dict:
+def _large(samples, scores, order: _Order, chosen: dict) -> dict:
     """One sample with all that is known of it."""
     row = chosen["large"]
-    known = {name: str(column[0]) for name, column in known_columns(scores.samples, [row]).items()}
+    known = {name: str(column[0]) for name, column in known_columns(samples, [row]).items()}
     rank = int((order.values > order.values[row]).sum()) + 1
     parts = [] if scores.timesteps is None else scores.per_timestep[chosen["query"], row].tolist()
     steps = [[t, x * scores.scale] for t, x in zip(scores.timesteps or [], parts)]
     facts = {"row": str(row), "rank of all": str(rank), "score": f"{order.values[row]:+.4f}"} | known
-    return _picture(scores.samples[row]["image"], 384) | {"facts": list(facts.items()), "parts": steps}
+    return _picture(samples[row]["image"], 384) | {"facts": list(facts.items()), "parts": steps}
 
 # %% ../../nbs/core/13_explore.ipynb #e4c2a070
 _PICTURES = """
@@ -140,10 +141,16 @@ const groups = (about, chosen, choose) => {
 
 # %% ../../nbs/core/13_explore.ipynb #5c74b37c
 _PARTS = """
-const queries = (about, chosen, choose) => make("div", {className: "queries", role: "listbox"},
-  ...about.queries.map((query, q) => make("button", {title: query.title, "aria-label": query.title,
-    className: q === chosen.query ? "query now" : "query",
-    onclick: () => choose({query: q, large: null})}, image(query))));
+const queries = (about, chosen, choose) => {
+  const to = (query) => choose({query, large: null}), last = about.queries.length - 1;
+  if (!about.queries[0].source) return slide("query", chosen.query, 0, last, 1, to);   // too many for buttons
+  return make("div", {className: "queries"}, ...about.queries.map((query, q) => make("button",
+    {title: query.title, "aria-label": query.title, className: q === chosen.query ? "query now" : "query",
+      onclick: () => to(q)}, image(query))));
+};
+
+const asked = (shown) => make("div", {className: "asked"}, image(shown.query),
+  make("div", {className: "about", textContent: shown.about}));
 
 const controls = (about, chosen, choose) => make("div", {className: "controls"},
   select("method", about.methods.map((x) => [x, x]), chosen.method,
@@ -201,27 +208,54 @@ const keys = (root, about, now, choose) => root.addEventListener("keydown", (eve
 """
 
 # %% ../../nbs/core/13_explore.ipynb #7c618131
+_FOCUS = """
+const places = (root) => [...root.querySelectorAll("button, input, select, summary")];
+
+const asBefore = (root, change) => {   // new elements take over focus, and what was open or scrolled
+  const label = (x) => x.getAttribute("aria-label") ?? x.textContent.slice(0, 20);
+  const name = (x) => `${x.className.split(" ")[0]} ${label(x)}`;
+  const sampleAt = (x) => [...root.querySelectorAll("button.sample")].indexOf(x);
+  const active = root.contains(document.activeElement) ? document.activeElement : null;
+  const at = active ? sampleAt(active) : -1, named = active ? name(active) : null;
+  const open = root.querySelector("details")?.open, scrolled = root.querySelector(".queries")?.scrollTop;
+  change();
+  if (open && root.querySelector("details")) root.querySelector("details").open = true;
+  if (scrolled) root.querySelector(".queries").scrollTop = scrolled;
+  const samples = [...root.querySelectorAll("button.sample")];
+  const same = () => places(root).find((x) => name(x) === named);
+  const next = at >= 0 ? samples[Math.min(at, samples.length - 1)] : same();
+  if (active) (next ?? root).focus();
+};
+"""
+
+# %% ../../nbs/core/13_explore.ipynb #74f281cb
 _RENDER = """
 const render = ({model, el}) => {
   const about = model.get("about"), now = () => model.get("chosen");
   const root = make("div", {className: "dmin-explorer", "data-lm-suppress-shortcuts": "true", tabIndex: -1});
+  let waiting;
   const choose = (change) => {
-    model.set("chosen", {...now(), ...change});
+    const next = {...now(), ...change};
+    if (JSON.stringify(next) === JSON.stringify(now())) return;
+    model.set("chosen", next);
     model.save_changes();
     root.classList.add("waiting");
+    clearTimeout(waiting);
+    waiting = setTimeout(() => {
+      root.classList.remove("waiting");
+      root.querySelector(".about").textContent = "no kernel answers: run the cell again";
+    }, 10000);
   };
-  const draw = () => {
-    const shown = model.get("shown"), chosen = now(), focused = document.activeElement?.dataset?.place;
-    const samples = shown.samples.map((x, i) => sample(x, i + 1, () => choose({large: x.row})));
-    samples.forEach((x, i) => { x.dataset.place = i; });
+  const draw = () => asBefore(root, () => {
+    clearTimeout(waiting);
+    const shown = model.get("shown"), chosen = now();
     root.replaceChildren(
       queries(about, chosen, choose), controls(about, chosen, choose), weights(about, chosen, choose),
-      make("div", {className: "about", textContent: shown.about}),
-      shown.large ? large(shown.large, () => choose({large: null})) : "",
-      make("div", {className: "samples"}, ...samples));
+      asked(shown), shown.large ? large(shown.large, () => choose({large: null})) : "",
+      make("div", {className: "samples"},
+        ...shown.samples.map((x, i) => sample(x, i + 1, () => choose({large: x.row})))));
     root.classList.remove("waiting");
-    if (focused !== undefined) samples[Math.min(focused, samples.length - 1)]?.focus();
-  };
+  });
   keys(root, about, now, choose);
   model.on("change:shown", draw);
   draw();
@@ -229,7 +263,7 @@ const render = ({model, el}) => {
 };
 export default {render};
 """
-_SCRIPT = _PICTURES + _CONTROLS + _PARTS + _LARGE + _KEYS + _RENDER
+_SCRIPT = _PICTURES + _CONTROLS + _PARTS + _LARGE + _KEYS + _FOCUS + _RENDER
 
 # %% ../../nbs/core/13_explore.ipynb #753c9d07
 _STYLE = """
@@ -248,6 +282,8 @@ _STYLE = """
 .dmin-explorer .sample > span:last-child { display: -webkit-box; -webkit-line-clamp: 2;
   -webkit-box-orient: vertical; overflow: hidden; opacity: .8 }
 .dmin-explorer .square { height: 96px; display: flex; align-items: center; justify-content: center }
+.dmin-explorer .asked { display: flex; gap: 10px; align-items: center; margin: 6px 0 }
+.dmin-explorer .asked img { border: 2px solid #c2410c }
 .dmin-explorer .large { display: flex; flex-wrap: wrap; gap: 14px; margin: 8px 0 }
 .dmin-explorer th { text-align: left; font-weight: 600; padding-right: 10px; vertical-align: top }
 .dmin-explorer td { text-align: left; overflow-wrap: anywhere; max-width: 420px }
@@ -271,6 +307,8 @@ def _same_questions(methods: "Mapping[str, object]") -> None:
             raise ValueError(
                 f"{name!r} has scores of {found[0]} queries and {found[1]} samples, the others of {size[0]}"
                 f" and {size[1]}: ask every method about the same images")
+        if not scores.per_timestep.isfinite().all():
+            raise ValueError(f"{name!r} has scores that are not finite: they have no order")
 
 # %% ../../nbs/core/13_explore.ipynb #b8f147a6
 def _checked(chosen: dict, about: dict) -> dict:
@@ -283,6 +321,11 @@ def _checked(chosen: dict, about: dict) -> dict:
     for name, options in (("method", about["methods"]), ("end", ["top", "bottom"])):
         if chosen[name] not in options:
             raise ValueError(f"{name} is {chosen[name]!r}: choose one of {', '.join(options)}")
+    timesteps = about["timesteps"][chosen["method"]]
+    if chosen["weights"] is not None and len(chosen["weights"]) != len(timesteps or []):
+        raise ValueError(
+            f"weights={chosen['weights']}: {chosen['method']} has the timesteps {timesteps}; None: as before")
+    if chosen["large"] is not None: whole("large", chosen["large"], least=0, most=about["samples"] - 1)
     if chosen["only"] and chosen["only"][1] not in about["groups"].get(chosen["only"][0], []):
         raise ValueError(f"only is {chosen['only']!r}: [column, value] as in {about['groups']}")
     return chosen
@@ -299,34 +342,47 @@ class Explorer(anywidget.AnyWidget):
         k: int = 10,                       # samples shown
     ):
         _same_questions(methods)
-        self.methods, about = dict(methods), _about(methods)
-        about["most"] = max(about["most"], min(k, next(iter(methods.values())).per_timestep.shape[1]))
-        first = {"query": 0, "method": about["methods"][0], "end": "top", "k": k, "weights": None}
-        first |= {"only": None, "large": None}
-        super().__init__(about=about, chosen=_checked(first, about))
+        self.methods, about, first = dict(methods), _about(methods), next(iter(methods.values()))
+        self.samples, self.queries, self._columns = first.samples, first.queries, {}
+        about["most"] = max(about["most"], min(k, len(self.samples)))
+        start = {"query": 0, "method": about["methods"][0], "end": "top", "k": k, "weights": None}
+        start |= {"only": None, "large": None}
+        super().__init__(about=about, chosen=_checked(start, about))
 
     @traitlets.validate("chosen")
-    def _can_be_shown(self, proposal) -> dict: return _checked(proposal["value"], self.about)
+    def _can_be_shown(self, proposal) -> dict:
+        try: return _checked(proposal["value"], self.about)
+        except ValueError as e:   # the one error after which a widget goes back to what it was
+            raise traitlets.TraitError(str(e)) from e
+
+    def _column(self, name: str) -> list[str]:
+        if name not in self._columns:
+            values = known_columns(self.samples, range(len(self.samples)), name)[name]
+            self._columns[name] = list(map(str, values))
+        return self._columns[name]
 
     @traitlets.observe("chosen")
     def _show(self, change) -> None:
         scores, chosen = self.methods[self.chosen["method"]], self.chosen
-        try: order = _order(scores, chosen)
+        query = self.queries[chosen["query"]]
+        shown = {"chosen": chosen, "query": _picture(query["image"], 96), "samples": [], "large": None}
+        try: order = _order(scores, chosen, self._column)
         except ValueError as e:   # weights that are all zero: the browser has no other place to say so
-            self.shown = {"about": str(e), "samples": [], "large": None}
+            self.shown = shown | {"about": str(e)}
             return
-        about = "most influential" if chosen["end"] == "top" else "lowest scores"
-        about = f"{self.about['queries'][chosen['query']]['title']} · {chosen['method']}: {about}"
-        large = None if chosen["large"] is None else _large(scores, order, chosen)
-        items = [_item(scores, order, row) for row in order.rows]
-        self.shown = {"about": about, "samples": items, "large": large}
+        end = "most influential" if chosen["end"] == "top" else "lowest scores"
+        about = f"query {chosen['query']}  {caption(query, self.queries)}".strip()
+        if chosen["large"] is not None: shown["large"] = _large(self.samples, scores, order, chosen)
+        shown["samples"] = [_item(self.samples, order, row) for row in order.rows]
+        self.shown = shown | {"about": f"{about} · {chosen['method']}: {end}"}
 
     def static(self) -> str:
         """What is chosen as HTML that needs no kernel."""
-        scores, shown, q = self.methods[self.chosen["method"]], self.shown["samples"], self.chosen["query"]
+        shown, q = self.shown["samples"], self.chosen["query"]
+        if not shown: return f"<p>{html.escape(self.shown['about'])}</p>"
         titles = [f"{i}  {x['score']}\nrow {x['row']}\n{x['caption']}" for i, x in enumerate(shown, 1)]
-        images = [scores.samples[x["row"]]["image"] for x in shown]
-        query = Strip(scores.queries[q]["image"], f"query {q}", images, titles, self.shown["about"])
+        images = [self.samples[x["row"]]["image"] for x in shown]
+        query = Strip(self.queries[q]["image"], f"query {q}", images, titles, self.shown["about"])
         return attribution_html([query])
 
     def _repr_mimebundle_(self, **options):

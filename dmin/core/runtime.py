@@ -106,11 +106,10 @@ def data_folder() -> Path:
     if "DMIN_DATA" in os.environ: folder = Path(os.environ["DMIN_DATA"])
     elif clone := _clone(): folder = clone / "data"
     else: folder = _installed_data()
-    if not (folder / "mini").is_dir():
-        raise FileNotFoundError(
-            f"dmin's data and small models are not in {folder}: {data_command()}, or set the environment"
-            " variable DMIN_DATA to the folder data of a clone")
-    return folder.resolve()
+    if (folder / "mini").is_dir(): return folder.resolve()
+    way_out = "git checkout -- data" if _clone() else data_command()
+    if "DMIN_DATA" in os.environ: way_out = "set the variable DMIN_DATA to the right folder, or unset it"
+    raise FileNotFoundError(f"dmin's data and small models are not in {folder}: {way_out}")
 
 
 def _installed_data() -> Path:

@@ -87,6 +87,10 @@ def test_explorer(page, lab, shots, theme):
     slider = widget.get_by_label("samples")
     slider.fill("12")
     page.wait_for_function("document.querySelectorAll('.dmin-explorer .sample').length === 12")
+    slider.press("ArrowLeft")   # the keyboard keeps its place, though all is drawn anew
+    page.wait_for_function("document.querySelectorAll('.dmin-explorer .sample').length === 11")
+    page.keyboard.press("ArrowRight")
+    page.wait_for_function("document.querySelectorAll('.dmin-explorer .sample').length === 12")
     widget.get_by_label("method").select_option("raw pixels")
     about.filter(has_text="raw pixels").wait_for()
     assert samples.first.inner_text() != first and widget.locator(".weights").count() == 0
@@ -118,6 +122,8 @@ def test_explorer(page, lab, shots, theme):
     widget.screenshot(path=shots / f"explorer_{theme.lower()}.png")
     page.keyboard.press("Escape")
     large.wait_for(state="detached")
+    page.keyboard.press("Escape")   # nothing is open: nothing happens
+    assert widget.locator(".samples").count() == 1 and "waiting" not in widget.get_attribute("class")
     samples.first.focus()
     page.keyboard.press("ArrowRight")
     assert place(page) == "1"
@@ -127,3 +133,5 @@ def test_explorer(page, lab, shots, theme):
     about.filter(has_text="query 2").wait_for()
     assert page.evaluate(CUT) == [] and page.locator(RED).count() == 0
     end_kernel(page, lab)
+    widget.locator(".query").nth(0).click()
+    about.filter(has_text="no kernel answers").wait_for()
