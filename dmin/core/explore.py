@@ -192,6 +192,7 @@ const large = (item, close) => {
 # %% ../../nbs/core/13_explore.ipynb #f0c2f56a
 _KEYS = """
 const keys = (root, about, now, choose) => root.addEventListener("keydown", (event) => {
+  event.stopPropagation();   // to JupyterLab, which would go to another cell
   if (["INPUT", "SELECT"].includes(event.target.tagName)) return;
   const all = [...root.querySelectorAll("button.sample")], at = all.indexOf(document.activeElement);
   const across = all.filter((x) => x.offsetTop === all[0].offsetTop).length;

@@ -64,7 +64,10 @@ def test_run_all(page, lab, shots, name):
     end_kernel(page, lab)
 
 
-def place(page): return page.evaluate("document.activeElement.dataset.place")
+def place(page):
+    """Which of the pictures has the focus."""
+    pictures = "[...document.querySelectorAll('.dmin-explorer .sample')]"
+    return page.evaluate(f"{pictures}.indexOf(document.activeElement)")
 
 
 @pytest.mark.parametrize("theme", ["Light", "Dark"])
@@ -78,7 +81,8 @@ def test_explorer(page, lab, shots, theme):
     assert samples.count() == 8 and widget.locator(".query").count() == 3
 
     widget.get_by_text("as they were").click()   # the notebook's last cells have set weights
-    widget.locator(".weights:not([open])").wait_for()
+    page.wait_for_function(
+        "[...document.querySelectorAll('.dmin-explorer .weights output')].every((x) => x.textContent === '1')")
     widget.locator(".query").nth(0).click()
     about.filter(has_text="query 0").wait_for()
     widget.locator(".query").nth(1).click()
@@ -99,6 +103,7 @@ def test_explorer(page, lab, shots, theme):
     assert samples.first.inner_text() == first   # the same again
 
     widget.locator("summary").click()
+    widget.locator(".weights[open]").wait_for()
     widget.locator(".weights input").first.fill("2")
     page.wait_for_function(f"document.querySelector('.dmin-explorer .sample').innerText !== {first!r}")
     widget.get_by_text("as they were").click()
@@ -126,12 +131,10 @@ def test_explorer(page, lab, shots, theme):
     assert widget.locator(".samples").count() == 1 and "waiting" not in widget.get_attribute("class")
     samples.first.focus()
     page.keyboard.press("ArrowRight")
-    assert place(page) == "1"
+    assert place(page) == 1
     page.keyboard.press("Enter")
     large.wait_for()
     page.keyboard.press("]")
     about.filter(has_text="query 2").wait_for()
     assert page.evaluate(CUT) == [] and page.locator(RED).count() == 0
     end_kernel(page, lab)
-    widget.locator(".query").nth(0).click()
-    about.filter(has_text="no kernel answers").wait_for()
