@@ -9,6 +9,7 @@ from dmin.core.objective import network
 from dmin.core.registry import FAMILIES, pipeline_family
 from dmin.families.ddpm import tiny_ddpm
 from dmin.families.own_model import ModelObjective
+from dmin.methods.trak import own_gradients, TRAK
 
 
 def tiny(name):
@@ -33,10 +34,20 @@ def test_a_changed_model_is_refused_by_its_open_store(change, digits, tmp_path):
     store = collect(pipe, digits.select(range(4)), tmp_path / "a", timesteps=2, progress=False)
     store.influence(digits)
     change(pipe, digits)
-    for ask in (lambda: store.influence(digits), lambda: store.gradients(digits[0]), lambda: store.add(digits)):
+    for ask in (lambda: store.influence(digits), lambda: store.gradients(digits[0]), lambda: store.add(digits),
+                lambda: TRAK(store)):
         with pytest.raises(ValueError, match="model has changed since the store in .*a was collected"): ask()
     assert len(store) == 4
     collect(pipe, digits, tmp_path / "b", timesteps=2, progress=False).influence(digits)
+
+
+def test_dampings_are_chosen_by_gradients_of_what_the_store_has_now(digits, tmp_path):
+    store = collect(tiny_ddpm(8, channels=(16, 16)), digits.select(range(4)), tmp_path, timesteps=2, progress=False)
+    rows, first = own_gradients(store)
+    assert own_gradients(store)[1] is first and len(rows) == 4
+    store.add(digits, duplicates="skip")
+    rows, again = own_gradients(store)
+    assert len(rows) == len(again.compressed) == 6 and own_gradients(store, 3)[0].tolist() == [0, 2, 5]
 
 
 def test_a_model_that_was_only_looked_at_is_the_same(digits, tmp_path):

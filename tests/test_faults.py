@@ -35,8 +35,15 @@ def contents(folder):
     return {p.name: p.read_bytes() for p in sorted(Path(folder).iterdir()) if not p.name.startswith(".")}
 
 
+@pytest.fixture(scope="module")
+def collected(digits, tmp_path_factory):
+    return collect(make_pipeline(), digits.select(range(12)), tmp_path_factory.mktemp("collected") / "store", **RECIPE)
+
+
 @pytest.fixture
-def store(pipe, digits, tmp_path):
+def store(pipe, digits, tmp_path, collected):
+    """Each test's own, of the same pipeline: a copy is quicker than collecting again."""
+    shutil.copytree(collected.folder, tmp_path / "store")
     return collect(pipe, digits.select(range(12)), tmp_path / "store", **RECIPE)
 
 

@@ -1,5 +1,6 @@
 """States of pipelines, stores and training that change results unless they are noticed."""
 import os
+import shutil
 from pathlib import Path
 
 import diffusers
@@ -47,8 +48,15 @@ def mixture(): return load_mixture("mini", size=32).select(range(4))
 def tokenizer(mixture): return train_tokenizer(mixture["prompt"], 600)
 
 
+@pytest.fixture(scope="module")
+def collected(digits, tmp_path_factory):
+    return collect(make_pipeline(), digits.select(range(12)), tmp_path_factory.mktemp("collected") / "store", **RECIPE)
+
+
 @pytest.fixture
-def store(pipe, digits, tmp_path):
+def store(pipe, digits, tmp_path, collected):
+    """Each test's own, of the same pipeline: a copy is quicker than collecting again."""
+    shutil.copytree(collected.folder, tmp_path / "store")
     return collect(pipe, digits.select(range(12)), tmp_path / "store", **RECIPE)
 
 

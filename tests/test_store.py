@@ -27,8 +27,16 @@ def contents(folder):
     return {p.name: p.read_bytes() for p in sorted(Path(folder).iterdir()) if not p.name.startswith(".")}
 
 
+@pytest.fixture(scope="module")
+def collected(digits, tmp_path_factory):
+    return collect(make_pipeline(), digits, tmp_path_factory.mktemp("collected") / "store", **RECIPE)
+
+
 @pytest.fixture
-def store(pipe, digits, tmp_path): return collect(pipe, digits, tmp_path / "store", **RECIPE)
+def store(pipe, digits, tmp_path, collected):
+    """Each test's own, of the same pipeline: a copy is quicker than collecting again."""
+    shutil.copytree(collected.folder, tmp_path / "store")
+    return collect(pipe, digits, tmp_path / "store", **RECIPE)
 
 
 COLLECTING = """

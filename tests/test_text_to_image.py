@@ -332,15 +332,21 @@ def finish(process):
 def bytes_of(store): return {f.name: f.read_bytes() for f in store.iterdir() if not f.name.startswith(".")}
 
 
-def test_two_processes_equal_one(saved, tmp_path):
-    finish(start(saved, tmp_path / "one", 1))
+@pytest.fixture(scope="module")
+def one(saved, tmp_path_factory):
+    """What one process stores: name -> bytes."""
+    folder = tmp_path_factory.mktemp("alone") / "one"
+    finish(start(saved, folder, 1))
+    return bytes_of(folder)
+
+
+def test_two_processes_equal_one(saved, one, tmp_path):
     said = finish(start(saved, tmp_path / "two", 2))
     assert "process 0 of 2" in said and "process 1 of 2" in said
-    assert bytes_of(tmp_path / "one") == bytes_of(tmp_path / "two") and len(bytes_of(tmp_path / "one")) == 13
+    assert one == bytes_of(tmp_path / "two") and len(one) == 13
 
 
-def test_notebook_launcher(saved, tmp_path):
-    finish(start(saved, tmp_path / "one", 1))
+def test_notebook_launcher(saved, one, tmp_path):
     (saved / "launcher.py").write_text(LAUNCHER)
     done = subprocess.run(
         [
@@ -355,11 +361,10 @@ def test_notebook_launcher(saved, tmp_path):
         env=os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-3000:]
     assert "process 0 of 2" in done.stdout and "process 1 of 2" in done.stdout
-    assert bytes_of(tmp_path / "one") == bytes_of(tmp_path / "two")
+    assert one == bytes_of(tmp_path / "two")
 
 
-def test_two_processes_killed_end_with_the_same_bytes(saved, tmp_path):
-    finish(start(saved, tmp_path / "one", 1))
+def test_two_processes_killed_end_with_the_same_bytes(saved, one, tmp_path):
     rng = np.random.default_rng()
     for _ in range(2):
         process = start(saved, tmp_path / "two", 2)
@@ -377,7 +382,7 @@ def test_two_processes_killed_end_with_the_same_bytes(saved, tmp_path):
         except ProcessLookupError: pass
         process.communicate()
     finish(start(saved, tmp_path / "two", 2))
-    assert bytes_of(tmp_path / "one") == bytes_of(tmp_path / "two")
+    assert one == bytes_of(tmp_path / "two")
 
 
 def test_manifest_names_the_options(tokenizer, mixture, tmp_path):

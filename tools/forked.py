@@ -47,6 +47,7 @@ LIBRARIES = (
     "hnswlib",
     "ipykernel.kernelapp",
     "IPython.core.completer",
+    "nbclient",
     "fastcore.test")
 
 

@@ -91,7 +91,8 @@ def lanes(names: list[str], most: int) -> list[list[str]]:
 def beside_one_another(parts: list[list[str]], again: bool, cores: int) -> None:
     """Each in a process of its own, which a Ctrl-C reaches as it does this one."""
     threads = {"OMP_NUM_THREADS": str(max(1, cores // len(parts)))}
-    command = [sys.executable, str(Path(__file__).resolve()), "--lanes", "1", "--part", *["--again"] * again]
+    python = os.environ.get("FORKED_PYTHON", sys.executable)   # where tools/forked.py runs this
+    command = [python, str(Path(__file__).resolve()), "--lanes", "1", "--part", *["--again"] * again]
     running = [subprocess.Popen([*command, *names], env=threads | os.environ) for names in parts]
     try:
         for each in running: each.wait()

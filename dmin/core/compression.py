@@ -164,10 +164,13 @@ def add_plainly(total: torch.Tensor, piece: torch.Tensor, start: int, places: "_
         for shift, row in zip(places.low, _fold(rows).unbind(1)): total[:, shift:shift + v] += row
 
 # %% ../../nbs/core/06_compression.ipynb #5fe23b89
-def _holds(add, device: torch.device) -> bool:
-    """Whether another way to add pieces gives there what `add_plainly` gives, of few gradients and many."""
+_FEW_AND_MANY = (96, 3, 20_000), (1500, 64, 60_000)   # v, gradients, and their numbers
+
+
+def _holds(add, device: torch.device, pieces: tuple = _FEW_AND_MANY) -> bool:
+    """Whether another way to add pieces gives there what `add_plainly` gives."""
     draw, held = torch.Generator().manual_seed(0), []
-    for v, n, length in ((96, 3, 20_000), (1500, 64, 60_000)):
+    for v, n, length in pieces:
         places, sums = _Places(v, 5), torch.zeros(2, n, 2 * v, device=device)
         piece = torch.randint(-99, 100, (n, length), generator=draw).float().to(device)
         for total, way in zip(sums, (add_plainly, add)): way(total, piece, 12_345, places)

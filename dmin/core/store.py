@@ -221,7 +221,7 @@ class Store(ShardFolder):
         when the store does not know its pipeline, or that has changed.
         """
         batch_size, queries = whole("batch_size", batch_size), as_samples(queries)
-        self._check_unchanged()
+        self.check_unchanged()
         asked = self.objective, sample_ids(queries, "query")   # an image that cannot be read is named
         if region is None and self._answered[0] == asked: return self._answered[1]
         options = dict(regions=one_region_each(region, len(queries)), progress=progress)
@@ -230,7 +230,7 @@ class Store(ShardFolder):
         if region is None and g.compressed.nbytes <= 2**28: self._answered = asked, g
         return g
 
-    def _check_unchanged(self) -> None:
+    def check_unchanged(self) -> None:
         """Raises `ValueError` when the model is no longer the one whose gradients the store has."""
         if self.objective.fingerprint() == self.manifest.model: return
         raise ValueError(
@@ -301,7 +301,7 @@ class Store(ShardFolder):
         batch_size, samples = whole("batch_size", batch_size), as_samples(samples)
         one_of("duplicates", duplicates, ("warn", "skip"))
         objective, known, stored = self.objective, self.training_samples, self.manifest.sample_ids
-        self._check_unchanged()
+        self.check_unchanged()
         new, ids = new_samples(stored, known, samples, duplicates, objective.check_image)
         if not ids: return self
         # else they were announced by a call that was interrupted

@@ -56,7 +56,7 @@ def _split_rows(
     return order[is_test[order] == (split == "test")]
 
 # %% ../../nbs/reproduction/00_image_sets.ipynb #8bbea184
-def _from_file(kind: ImageSet, split: str):
+def _from_file(kind: ImageSet, split: str, size=None, mode: str | None = None):
     """A split of a set that comes with dmin: image, label and, where it is known, the picture's source."""
     from datasets import ClassLabel, Dataset, Features, Image as ImageFeature, Value
 
@@ -64,7 +64,7 @@ def _from_file(kind: ImageSet, split: str):
         arrays = {k: z[k] for k in ("image", "label", "source") if k in z}
     rows = _split_rows(arrays["label"], split)
     columns = {k: a[rows].tolist() for k, a in arrays.items() if k != "image"}
-    columns["image"] = [Image.fromarray(a) for a in arrays["image"][rows]]
+    columns["image"] = [resized(Image.fromarray(a), size, mode) for a in arrays["image"][rows]]
     types = dict(image=ImageFeature(), label=ClassLabel(names=list(kind.classes)), source=Value("string"))
     return Dataset.from_dict(
         {k: columns[k] for k in types if k in columns},
@@ -173,7 +173,8 @@ def load_images(
     """
     kind = _checked_set(name, split, mode, source)
     if size is not None: height_and_width(size)   # complains
-    ds = _from_file(kind, split) if kind.file else _from_hub(kind, split, source)
+    if kind.file: return _from_file(kind, split, size, mode)
+    ds = _from_hub(kind, split, source)
     if kind.n: ds = _draw(ds, kind.classes, dict(kind.n)[split])
     return ds if size is None and mode is None else _resized_set(ds, size, mode)
 

@@ -7,6 +7,7 @@ __all__ = ['SUBSETS', 'AUTHORS', 'PIXELS', 'NOISES', 'Subset', 'mixture_features
            'build_mixture', 'load_mixture', 'show_mixture', 'without_noised', 'first_of_each']
 
 # %% ../../nbs/reproduction/01_mixture.ipynb #7eadd789
+import io
 from collections.abc import Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -135,9 +136,12 @@ def _map(ds, row, about: str):
         return ds.map(row, with_indices=True, remove_columns=others, features=features, desc=about)
 
 # %% ../../nbs/reproduction/01_mixture.ipynb #c0beccbe
-def _in_columns(name: str, subset: Subset, ds, size: int | tuple[int, int] | None, first: int):
-    """A set's rows in the mixture's columns; `first` is the number of its first row in the pool."""
+def _in_columns(name: str, subset: Subset, ds, rows: np.ndarray, size, first: int):
+    """Some of a set's rows in the mixture's columns; `first` is the number of its first one in the pool."""
+    numbers = rows.tolist()
+
     def row(x, i):
+        i = numbers[i]
         return {
             "image": resized(to_rgb(x[subset.image], f"row {i} of {name}"), size, None),
             "prompt": x[subset.caption],
@@ -145,19 +149,29 @@ def _in_columns(name: str, subset: Subset, ds, size: int | tuple[int, int] | Non
             "noised": False,
             "source": x.get("source") or f"{subset.where}/{i}",
             "origin": first + i}
-    return _map(ds, row, name)
+    return _map(ds.select(rows), row, name)
 
 
-def _pool(subsets: Mapping[str, Subset], size: int | tuple[int, int] | None, source: Path | None):
-    """The rows of all sets, in order. All are read and checked before any is worked on."""
-    from datasets import concatenate_datasets
+class _Pool:
+    """The rows of some sets, one set after another. All are read and checked before any is worked on."""
 
-    sets = {name: _checked(_read(subset, source), name, subset) for name, subset in subsets.items()}
-    parts, first = [], 0
-    for name, ds in sets.items():
-        parts.append(_in_columns(name, subsets[name], ds, size, first))
-        first += len(ds)
-    return concatenate_datasets(parts)
+    def __init__(self, subsets: Mapping[str, Subset], source: Path | None):
+        self.subsets = subsets
+        self.sets = {name: _checked(_read(subset, source), name, subset) for name, subset in subsets.items()}
+
+    def __len__(self) -> int: return sum(map(len, self.sets.values()))
+
+    def rows(self, numbers: np.ndarray, size: int | tuple[int, int] | None = None):
+        """Those of these numbers, in the mixture's columns: a `datasets.Dataset`."""
+        from datasets import concatenate_datasets
+
+        needed, place = np.unique(numbers, return_inverse=True)
+        parts, first = [], 0
+        for name, ds in self.sets.items():
+            mine = needed[(needed >= first) & (needed < first + len(ds))] - first
+            if len(mine): parts.append(_in_columns(name, self.subsets[name], ds, mine, size, first))
+            first += len(ds)
+        return concatenate_datasets(parts).select(place)
 
 # %% ../../nbs/reproduction/01_mixture.ipynb #1af20072
 def _gaussian(pixels, strength, rng): return pixels + strength * rng.standard_normal(pixels.shape)
@@ -231,10 +245,11 @@ def _check_request(split: str, size, **plan) -> None:
 
 
 def _noised_where(noised: np.ndarray, kind: str, strength: float, seed: int):
-    """A function of `_map` that noises row `i` where `noised[i]`."""
+    """A function of `_map` that noises row `i` where `noised[i]`; its images are not decoded."""
     def row(x, i):
         if not noised[i]: return x
-        return x | {"image": add_noise(x["image"], kind, strength, (seed, x["origin"])), "noised": True}
+        image = Image.open(io.BytesIO(x["image"]["bytes"]))
+        return x | {"image": add_noise(image, kind, strength, (seed, x["origin"])), "noised": True}
     return row
 
 # %% ../../nbs/reproduction/01_mixture.ipynb #d19a1dd3
@@ -257,11 +272,14 @@ def build_mixture(
     """
     _check_request(split, size, noise=noise, seed=seed)   # before hours of downloading
     add_noise(Image.new("RGB", (1, 1)), noise_kind, noise_strength)
-    pool = _pool(subsets, size, None if source is None else absolute_folder(source, "source"))
+    from datasets import Image as ImageFeature
+
+    pool = _Pool(subsets, None if source is None else absolute_folder(source, "source"))
     plan = plan_mixture(len(pool), noise, seed=seed)
     rows = plan.train if split == "train" else plan.test
     row = _noised_where(plan.noised[rows], noise_kind, noise_strength, seed)
-    return _map(pool.select(plan.origin[rows]), row, "noise")
+    encoded = pool.rows(plan.origin[rows], size).cast_column("image", ImageFeature(decode=False))
+    return _map(encoded, row, "noise")
 
 # %% ../../nbs/reproduction/01_mixture.ipynb #8fbae0b2
 def load_mixture(
