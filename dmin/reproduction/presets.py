@@ -89,6 +89,7 @@ TRAINING = dict(
     digit_size=Row(16, 16, 32, "height and width of the unconditional models' images"),
     ddpm_channels=Row((16, 32, 64), (16, 32, 64), (64, 128, 256), "width of each level of those"),
     classifier_epochs=Row(1, 12, 12, "epochs of the classifier that reads generated digits"),
+    classifier_train=Row(400, None, None, "digits that it is trained on; None: all"),
     size_seconds=Row(1, 75, 240, "training time of each model in the comparison of sizes"),
     vae_steps=Row(4, 2000, 20_000, "steps of the tiny autoencoder"),
     base_steps=Row(4, 4000, 50_000, "steps of the tiny SD 3"),
@@ -111,8 +112,6 @@ BENCHMARKS = dict(
     bench_n=Row(200, 9288, 9288, "samples in its store"),
     million_n=Row((100, 300), (10**4, 10**5, 10**6), (10**4, 10**5, 10**6), "samples of a large one"),
     million_index=Row(300, 10**5, 10**6, "samples of its largest index"),
-    memory_layers=Row(2, 24, 24, "blocks of the SD 3 architecture, of memory"),
-    memory_heads=Row(4, 24, 24, "its attention heads"),
 )
 
 # %% ../../nbs/reproduction/02_presets.ipynb #d2851b08

@@ -350,8 +350,9 @@ class UnconditionalSetup:
 
     @cached_property
     def classifier(self):
-        """Trained on every training image."""
-        return train_classifier(self.all_images, epochs=preset().classifier_epochs)
+        """Trained on training images, on every one where the preset names no number."""
+        size = preset()
+        return train_classifier(evenly_spread(self.all_images, size.classifier_train), size.classifier_epochs)
 
     @property
     def classes(self) -> torch.Tensor:
