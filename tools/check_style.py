@@ -74,7 +74,7 @@ LONG = {
     "StoreCache": 40,
     "_Run": 29,
     "TextToImageSetup": 56,
-    "UnconditionalSetup": 60,
+    "UnconditionalSetup": 61,
     "RetrainingSetup": 72,
     # functions whose arguments are explained one a line
     "fit": 34,

@@ -164,11 +164,8 @@ def add_plainly(total: torch.Tensor, piece: torch.Tensor, start: int, places: "_
         for shift, row in zip(places.low, _fold(rows).unbind(1)): total[:, shift:shift + v] += row
 
 # %% ../../nbs/core/06_compression.ipynb #5fe23b89
-_FEW_AND_MANY = (96, 3, 20_000), (1500, 64, 60_000)   # v, gradients, and their numbers
-
-
-def _holds(add, device: torch.device, pieces: tuple = _FEW_AND_MANY) -> bool:
-    """Whether another way to add pieces gives there what `add_plainly` gives."""
+def _holds(add, device: torch.device, pieces=((96, 3, 20_000), (1500, 64, 60_000))) -> bool:
+    """Whether another way to add pieces gives there what `add_plainly` gives; `pieces` are v, n and m."""
     draw, held = torch.Generator().manual_seed(0), []
     for v, n, length in pieces:
         places, sums = _Places(v, 5), torch.zeros(2, n, 2 * v, device=device)

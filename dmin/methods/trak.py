@@ -37,7 +37,7 @@ def own_rows(store: Store, n: int = OWN_ROWS) -> torch.Tensor:   # (n,) int64
     most = max(32, 2**28 // max(width, len(store)))
     return torch.linspace(0, len(store) - 1, min(n, most, len(store))).round().long()
 
-
+# %% ../../nbs/methods/03_trak.ipynb #914e4e22
 _OWN = WeakKeyDictionary()   # store -> what it was asked last, and those gradients
 
 

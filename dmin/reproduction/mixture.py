@@ -151,7 +151,7 @@ def _in_columns(name: str, subset: Subset, ds, rows: np.ndarray, size, first: in
             "origin": first + i}
     return _map(ds.select(rows), row, name)
 
-
+# %% ../../nbs/reproduction/01_mixture.ipynb #f7636f0e
 class _Pool:
     """The rows of some sets, one set after another. All are read and checked before any is worked on."""
 
@@ -244,13 +244,15 @@ def _check_request(split: str, size, **plan) -> None:
     plan_mixture(1, **plan)
 
 
-def _noised_where(noised: np.ndarray, kind: str, strength: float, seed: int):
-    """A function of `_map` that noises row `i` where `noised[i]`; its images are not decoded."""
+def _with_noise(ds, noised: np.ndarray, kind: str, strength: float, seed: int):
+    """The rows of a mixture, row i noised where `noised[i]`; no other image is decoded."""
+    from datasets import Image as ImageFeature
+
     def row(x, i):
         if not noised[i]: return x
         image = Image.open(io.BytesIO(x["image"]["bytes"]))
         return x | {"image": add_noise(image, kind, strength, (seed, x["origin"])), "noised": True}
-    return row
+    return _map(ds.cast_column("image", ImageFeature(decode=False)), row, "noise")
 
 # %% ../../nbs/reproduction/01_mixture.ipynb #d19a1dd3
 def build_mixture(
@@ -272,14 +274,11 @@ def build_mixture(
     """
     _check_request(split, size, noise=noise, seed=seed)   # before hours of downloading
     add_noise(Image.new("RGB", (1, 1)), noise_kind, noise_strength)
-    from datasets import Image as ImageFeature
-
     pool = _Pool(subsets, None if source is None else absolute_folder(source, "source"))
     plan = plan_mixture(len(pool), noise, seed=seed)
     rows = plan.train if split == "train" else plan.test
-    row = _noised_where(plan.noised[rows], noise_kind, noise_strength, seed)
-    encoded = pool.rows(plan.origin[rows], size).cast_column("image", ImageFeature(decode=False))
-    return _map(encoded, row, "noise")
+    ds = pool.rows(plan.origin[rows], size)
+    return _with_noise(ds, plan.noised[rows], noise_kind, noise_strength, seed)
 
 # %% ../../nbs/reproduction/01_mixture.ipynb #8fbae0b2
 def load_mixture(
