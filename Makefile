@@ -24,7 +24,7 @@ INSTALLED := $(VENV)/.installed
 export JUPYTER_PREFER_ENV_PATH = 1
 unexport MPLBACKEND
 
-.PHONY: help install quickstart docs paper rehearse test test-browser wheels archive lock container benchmark keep export notebooks readme clean
+.PHONY: help install quickstart docs paper rehearse test test-browser wheels archive lock container benchmark keep export notebooks address readme clean
 help:
 	@echo 'quickstart  install, run nbs/tutorials/quickstart.ipynb into out/'
 	@echo 'docs        install, build the site into out/docs/html, check its links; runs no notebook'
@@ -40,6 +40,7 @@ help:
 	@echo 'export      write dmin/ from the notebooks'
 	@echo 'notebooks   run all notebooks in place in the $(PRESET) preset, keep their outputs'
 	@echo 'keep        take the results of runs over into results/$(PRESET); ONLY="table_2 …" some'
+	@echo 'address     set GIT_URL=, SITE=, AUTHOR= and EMAIL=, those that are given, everywhere'
 	@echo 'readme      write README.md from nbs/index.ipynb'
 	@echo 'clean       remove what runs made (the environment in $(VENV) stays)'
 
@@ -121,6 +122,9 @@ notebooks: $(INSTALLED)
 
 keep: $(INSTALLED)
 	DMIN_PRESET=$(PRESET) $(PY) tools/keep_results.py $(ONLY)
+
+address: $(INSTALLED)
+	$(PY) tools/set_address.py $(if $(GIT_URL),--git-url '$(GIT_URL)') $(if $(SITE),--site '$(SITE)') $(if $(AUTHOR),--author '$(AUTHOR)') $(if $(EMAIL),--email '$(EMAIL)')
 
 readme: $(INSTALLED)
 	$(PY) tools/make_readme.py

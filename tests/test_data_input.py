@@ -318,7 +318,7 @@ def test_a_mixture_does_not_cut_off_values(tmp_path):
         features=Features({"image": ImageFeature(), "text": Value("string")}),
     ).to_parquet(folder / "train.parquet")
     assert "row 1 of deep has mode I;16" in said(
-        build_mixture, {"deep": Subset("a/b", "text", 2)}, source=tmp_path)
+        build_mixture, {"deep": Subset("a/b", "text", 2)}, "test", source=tmp_path)   # where row 1 is
 
 
 # timesteps

@@ -20,6 +20,8 @@ from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernel
 
 ROOT = Path(__file__).resolve().parent.parent
 
+WIDGET = "application/vnd.jupyter.widget-view+json"
+
 
 def echo(cell, cell_index, **_):
     """Prints the standard output of a cell that has run."""
@@ -83,8 +85,7 @@ def run(path: Path, output: Path, timeout: int | None, needed: dict | None = Non
         for o in cell.outputs:
             if o.output_type == "stream": o.text = tidy(o.text) if o.name == "stderr" else ended(o.text)
         cell.outputs = [o for o in cell.outputs if o.output_type != "stream" or o.text.strip()]
-        for o in cell.outputs:   # a widget is nothing without its kernel: its picture stays
-            if "text/html" in o.get("data", {}): o.data.pop("application/vnd.jupyter.widget-view+json", None)
+        cell.outputs = [o for o in cell.outputs if WIDGET not in o.get("data", {})]   # nothing without its kernel
     if error is None or output != path:  # in place, a failed run leaves the notebook as it was
         output.parent.mkdir(parents=True, exist_ok=True)
         nbformat.write(nb, output)

@@ -238,14 +238,14 @@ const render = ({model, el}) => {
   const choose = (change) => {
     const next = {...now(), ...change};
     if (JSON.stringify(next) === JSON.stringify(now())) return;
-    model.set("chosen", next);
-    model.save_changes();
     root.classList.add("waiting");
     clearTimeout(waiting);
     waiting = setTimeout(() => {
       root.classList.remove("waiting");
       root.querySelector(".about").textContent = "no kernel answers: run the cell again";
     }, 10000);
+    model.set("chosen", next);
+    model.save_changes();
   };
   const draw = () => asBefore(root, () => {
     clearTimeout(waiting);
@@ -268,6 +268,7 @@ _SCRIPT = _PICTURES + _CONTROLS + _PARTS + _LARGE + _KEYS + _FOCUS + _RENDER
 
 # %% ../../nbs/core/13_explore.ipynb #753c9d07
 _STYLE = """
+:is(.jp-OutputArea, .cell_container, #output-area):has(.dmin-explorer) .dmin-explorer-static { display: none }
 .dmin-explorer { font: 12px/1.35 system-ui, sans-serif; color: inherit; padding: 2px; outline: none }
 .dmin-explorer.waiting .samples { opacity: .5 }
 .dmin-explorer button { font: inherit; color: inherit; background: none; cursor: pointer; padding: 3px;
@@ -386,6 +387,12 @@ class Explorer(anywidget.AnyWidget):
         query = Strip(self.queries[q]["image"], f"query {q}", images, titles, self.shown["about"])
         return attribution_html([query])
 
-    def _repr_mimebundle_(self, **options):
-        data, about = super()._repr_mimebundle_(**options)
-        return data | {"text/html": self.static()}, about
+    def _ipython_display_(self, **options):
+        """The widget, and its picture, which is hidden where the widget is: a notebook that is opened without
+        a kernel has the picture alone.
+        """
+        from IPython.display import display, HTML
+
+        widget, about = self._repr_mimebundle_(**options)
+        display(widget, metadata=about, raw=True)
+        display(HTML(f'<div class="dmin-explorer-static">{self.static()}</div>'))
