@@ -83,7 +83,7 @@ test: export OMP_NUM_THREADS = 1
 test: export DMIN_REQUIRE_PEERS = 1
 test: $(INSTALLED)
 	$(PY) tools/check_notebooks.py
-	$(PY) tools/forked.py $(PY) -m pytest -n $(JOBS) --dist worksteal --nbmake --nbmake-timeout=900 --durations=20 --ignore tests/browser nbs tests
+	$(PY) tools/forked.py $(PY) -m pytest --tx '$(JOBS)*popen//python={python}' --dist worksteal --nbmake --nbmake-timeout=900 --durations=20 --ignore tests/browser nbs tests
 
 test-browser: export DMIN_PRESET = smoke
 test-browser: export DMIN_OUT = $(CURDIR)/out/smoke

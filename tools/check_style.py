@@ -41,7 +41,7 @@ LONG = {
     "_SOURCE": 52,   # of C
     "_PARTS": 31,    # of JavaScript
     "_RENDER": 35,
-    "_STYLE": 27,
+    "_STYLE": 28,
     "FactoredCompressor": 51,
     "ManifestFile": 26,
     "Ranks": 65,
@@ -55,7 +55,7 @@ LONG = {
     "Groups": 76,
     "Index": 49,
     "MappedShards": 32,
-    "Explorer": 57,
+    "Explorer": 63,
     "Kernel": 31,
     "Layered": 26,
     "DAS": 26,
@@ -74,6 +74,7 @@ LONG = {
     "StoreCache": 40,
     "_Run": 29,
     "TextToImageSetup": 56,
+    "MeanGradients": 27,
     "UnconditionalSetup": 61,
     "RetrainingSetup": 72,
     # functions whose arguments are explained one a line

@@ -1,9 +1,10 @@
 """Python processes and kernels that start at once: libraries are imported by one process, which forks the others.
 
     python tools/forked.py pytest --nbmake nbs tests
+    python tools/forked.py pytest --tx 2*popen//python={python} tests
 
 Runs a command whose kernels `python3` are forked, as are torchrun's workers and what it starts as
-`$FORKED_PYTHON`, a stand-in for `python` that takes `-c code`, `-m module` or a script. Each has a process of its own, with nothing defined in it;
+`$FORKED_PYTHON`, `{python}` in its arguments: a stand-in for `python` that takes `-c code`, `-m module` or a script. Each has a process of its own, with nothing defined in it;
 only what `import` would have loaded is in memory already. For systems that can fork.
 """
 import atexit
@@ -46,6 +47,7 @@ LIBRARIES = (
     "torch.utils.flop_counter",
     "hnswlib",
     "ipykernel.kernelapp",
+    "ipykernel.debugger",
     "IPython.core.completer",
     "nbclient",
     "fastcore.test")
@@ -203,6 +205,7 @@ def main(command: list[str]) -> int:
         with socket.socket(socket.AF_UNIX) as listener:
             listener.bind(str(folder / "socket"))
             listener.listen()
+            command = [word.replace("{python}", str(folder / "python")) for word in command]
             started = subprocess.Popen(command, env=os.environ | offer(folder, folder / "socket"))
             for name in LIBRARIES: __import__(name)
             gc.collect()

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RULES', 'flatten_like_gradient', 'unflatten_like_gradient', 'Sink', 'PerSampleGradients', 'Gradients',
-           'sample_gradients']
+           'sample_gradients', 'Kept']
 
 # %% ../../nbs/core/11_gradients.ipynb #89fd56b7
 import itertools
@@ -702,3 +702,19 @@ def sample_gradients(
             _check_finite(parts[2], parts[1], names, pair // T, steps[pair % T])
             for total, part in zip(wholes, parts): total[first:first + len(pair)] = part
     return Gradients(*(x.unflatten(0, (n, T)) for x in wholes))
+
+# %% ../../nbs/core/11_gradients.ipynb #14564878
+class Kept:
+    """Answers to what was asked last: the newest, and those before it while all fit into `most` bytes."""
+
+    def __init__(self, most: int = 2**28): self.most, self._answers = most, []
+
+    def get(self, asked):
+        """The answer to the same question; None where it is not kept."""
+        return next((answer for question, answer, _ in self._answers if question == asked), None)
+
+    def put(self, asked, answer, nbytes: int):
+        """Keeps an answer, and returns it."""
+        self._answers.append((asked, answer, nbytes))
+        while len(self._answers) > 1 and sum(n for *_, n in self._answers) > self.most: self._answers.pop(0)
+        return answer

@@ -25,7 +25,7 @@ from ..core.checks import absolute_folder, finite, one_of, whole, whole_seed
 from ..core.compression import make_compressor, NoCompression
 from ..core.files import read_tensors, write_tensors
 from ..core.gradients import (
-    PerSampleGradients, flatten_like_gradient, sample_gradients, unflatten_like_gradient)
+    Kept, PerSampleGradients, flatten_like_gradient, sample_gradients, unflatten_like_gradient)
 from ..core.images import as_samples, sample_ids
 from ..core.objective import Objective
 from ..core.regions import one_region_each, region_weight
@@ -175,7 +175,7 @@ class MeanGradients:
         self.folder, self.progress = None if folder is None else absolute_folder(folder), progress
         draws, batch_size = whole("draws", draws), whole("batch_size", batch_size)
         self.options = dict(draws=draws, seed=whole_seed("seed", seed), batch_size=batch_size)
-        self._answered = None, None   # the last queries, and their gradients
+        self._answered = Kept(2**30)   # the last queries' gradients
 
     def __iter__(self):
         blocks = torch.arange(len(self.samples)).split(AT_ONCE)
@@ -185,9 +185,11 @@ class MeanGradients:
     def of_queries(self, queries, weights=None, region=None) -> torch.Tensor:   # (n, d)
         """Queries' gradients; the last are kept. Arguments as of `drawn_gradients` and `scores`."""
         if region is not None: return _of_queries(self, queries, weights, region)
-        asked = sample_ids(queries, "query"), None if weights is None else weights.tolist()
-        if asked != self._answered[0]: self._answered = asked, _of_queries(self, queries, weights, None)
-        return self._answered[1]
+        weighted = None if weights is None else weights.tolist()
+        asked = self.objective.fingerprint(), sample_ids(queries, "query"), weighted
+        if (g := self._answered.get(asked)) is not None: return g
+        g = _of_queries(self, queries, weights, None)
+        return self._answered.put(asked, g, g.nbytes)
 
 # %% ../../nbs/methods/05_kfac.ipynb #81bd2b96
 def output_and_target(objective: Objective, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
