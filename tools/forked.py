@@ -200,6 +200,7 @@ def offer(folder: Path, socket_path: Path) -> dict[str, str]:
 
 def main(command: list[str]) -> int:
     os.environ["MPLBACKEND"] = "module://matplotlib_inline.backend_inline"
+    os.environ["PYDEVD_DISABLE_FILE_VALIDATION"] = "1"   # the debugger's word on frozen modules is nobody's here
     folder = Path(tempfile.mkdtemp())   # not TemporaryDirectory: each fork would remove it at its end
     try:
         with socket.socket(socket.AF_UNIX) as listener:

@@ -47,8 +47,10 @@ def keep(page, path) -> None:
 
 
 def end_kernel(page, lab) -> None:
-    for kernel in page.request.get(f"{lab.url}/api/sessions").json():
-        page.request.delete(f"{lab.url}/api/sessions/{kernel['id']}")
+    token = next(x["value"] for x in page.context.cookies(lab.url) if x["name"] == "_xsrf")
+    for session in page.request.get(f"{lab.url}/api/sessions").json():
+        where = f"{lab.url}/api/sessions/{session['id']}"
+        assert page.request.delete(where, headers={"X-XSRFToken": token}).status == 204
 
 
 @pytest.mark.parametrize("name", TUTORIALS)
@@ -137,4 +139,25 @@ def test_explorer(page, lab, shots, theme):
     page.keyboard.press("]")
     about.filter(has_text="query 2").wait_for()
     assert page.evaluate(CUT) == [] and page.locator(RED).count() == 0
+    end_kernel(page, lab)
+
+
+def test_explorer_without_a_kernel(page, lab, shots):
+    """It says that nobody answers; saved and opened again, the notebook has the picture in its place."""
+    lab.theme("Light")
+    open_notebook(page, lab, "explore")
+    run_all(page)
+    widget, picture = page.locator(".dmin-explorer").first, page.locator(".dmin-explorer-static").first
+    widget.wait_for()
+    assert not picture.is_visible()
+    page.locator(".lm-MenuBar-itemLabel", has_text=re.compile("^File$")).click()
+    page.locator(".lm-Menu-itemLabel", has_text=re.compile("^Save Notebook$")).click()
+    page.locator(".jp-Notebook").first.wait_for()
+    end_kernel(page, lab)
+    widget.get_by_label("show").select_option("bottom")
+    widget.locator(".about", has_text="no kernel answers: run the cell again").wait_for(timeout=40_000)
+    page.goto(f"{lab.url}/lab/workspaces/again/tree/explore.ipynb?reset", wait_until="domcontentloaded")
+    picture.wait_for()
+    assert picture.locator("img").count() >= 8 and page.locator(".dmin-explorer").count() == 0
+    picture.screenshot(path=shots / "explorer_without_a_kernel.png")
     end_kernel(page, lab)
