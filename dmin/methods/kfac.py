@@ -183,7 +183,7 @@ class MeanGradients:
         for rows in shown: yield rows, _block(self, rows)
 
     def of_queries(self, queries, weights=None, region=None) -> torch.Tensor:   # (n, d)
-        """Queries' gradients; the last are kept. Arguments as of `drawn_gradients` and `scores`."""
+        """Queries' gradients; the last are kept, up to 1 GB. Arguments as of `drawn_gradients` and `scores`."""
         if region is not None: return _of_queries(self, queries, weights, region)
         weighted = None if weights is None else weights.tolist()
         asked = self.objective.fingerprint(), sample_ids(queries, "query"), weighted
