@@ -50,6 +50,18 @@ def test_dampings_are_chosen_by_gradients_of_what_the_store_has_now(digits, tmp_
     assert len(rows) == len(again.compressed) == 6 and own_gradients(store, 3)[0].tolist() == [0, 2, 5]
 
 
+def test_the_same_image_with_another_label_is_another_question(tmp_path):
+    """Of several that were asked in turn, and are kept."""
+    images = [Image.effect_noise((32, 32), 60 + i).convert("RGB") for i in range(3)]
+    rows = as_samples([{"image": image, "label": 1} for image in images])
+    store = collect(tiny("DiTPipeline"), rows, tmp_path, v=64, timesteps=2, progress=False)
+    asked = [{"image": images[i], "label": label} for i, label in ((0, 0), (1, 0), (0, 1), (0, 0))]
+    first, _, other, again = (store.gradients(row).compressed for row in asked)
+    store.forget_queries()
+    assert again is first and torch.equal(other, store.gradients(asked[2]).compressed)
+    assert not torch.allclose(other, first)
+
+
 def test_a_model_that_was_only_looked_at_is_the_same(digits, tmp_path):
     pipe = tiny_ddpm(8, channels=(16, 16))
     store = collect(pipe, digits, tmp_path, timesteps=2, progress=False)

@@ -92,7 +92,7 @@ def test_a_name_that_is_none():
 
 
 @pytest.mark.parametrize("script", [
-    "import dmin; from diffusers import StableDiffusionPipeline; dmin.load_pipeline('tiny-sd-lora')",
+    "import dmin; dmin.load_pipeline('tiny-sd-lora'); from diffusers import StableDiffusion3Pipeline",
     "import diffusers; from dmin import load_pipeline; load_pipeline('ddpm-mnist'); load_pipeline('tiny-sd3-lora')",
 ])
 def test_nothing_on_standard_error(script): assert run(script) == ("", "")

@@ -49,7 +49,7 @@ LONG = {
     "Manifest": 34,
     "ShardFiles": 84,
     "ShardFolder": 194,
-    "Store": 148,
+    "Store": 151,
     "Ranking": 69,
     "Scores": 107,
     "Groups": 76,

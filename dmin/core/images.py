@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['copied_upright', 'check_eight_bits', 'to_rgb', 'height_and_width', 'resized', 'cropped', 'as_samples', 'read_images',
-           'images_to_tensor', 'tensor_to_images', 'sample_ids', 'column_digests']
+           'images_to_tensor', 'tensor_to_images', 'sample_ids', 'question', 'column_digests']
 
 # %% ../../nbs/core/03_images.ipynb #e84d368f
 import hashlib
@@ -344,6 +344,18 @@ def sample_ids(
         ids.append(_sample_id(row["image"], row.get("prompt"), f"{name} {i}"))
         if check is not None: check(row["image"], f"{name} {i}")
     return ids
+
+# %% ../../nbs/core/03_images.ipynb #f0172108
+def _comparable(value):
+    return (value.mode, value.size, value.tobytes()) if isinstance(value, Image.Image) else value
+
+
+def question(queries) -> list:
+    """All that queries consist of, to be compared: their ids, and the values of their other columns."""
+    samples = as_samples(queries)
+    others = [c for c in sorted(samples.column_names) if c not in ("image", "prompt")]
+    ids = sample_ids(samples, "query")   # an image that cannot be read is named
+    return [ids, {c: [_comparable(x) for x in samples[c]] for c in others}]
 
 # %% ../../nbs/core/03_images.ipynb #3afdfd11
 def _class_name(names: list[str], value: int | None):

@@ -10,6 +10,7 @@ import fnmatch
 import hashlib
 import itertools
 import json
+from collections.abc import Mapping
 from functools import cached_property
 
 import numpy as np
@@ -182,6 +183,7 @@ def _described(objective) -> list:
     """What an objective depends on beside its weights, as JSON can hold it."""
     model, settings = objective.model, objective.settings()
     config = getattr(model, "config", {})
+    if not isinstance(config, Mapping): config = {}   # of a network that is not of diffusers
     public = [k for k in sorted(config) if not k.startswith("_") and config[k] is not None]
     scales = _adapter_states(model)
     for k, encoder in enumerate(objective.encoders()):

@@ -19,7 +19,7 @@ from .cluster import cluster_best_rows, cluster_cosines
 from .factors import compressor_of, factored_weights
 from .files import read_json, remove_leftovers, write_atomically
 from .gradients import Gradients, Kept, sample_gradients
-from .images import as_samples, column_digests, sample_ids
+from .images import as_samples, column_digests, question, sample_ids
 from .index import build_index, Index, open_index
 from .objective import Objective
 from .regions import fade_outside, one_region_each
@@ -217,17 +217,17 @@ class Store(ShardFolder):
 
         `batch_size` are rows a pass; `region` is the part of the images that is asked about, see
         `dmin.core.regions`: one for all, or a list of one for each. Gradients of the last queries are kept,
-        up to 256 MB, so that several methods that ask about the same ones compute them once. Raises
-        `ValueError` when the store does not know its pipeline, or that has changed.
+        up to 256 MB, so that several methods that ask about the same ones compute them once: do not change
+        them. Raises `ValueError` when the store does not know its pipeline, or that has changed.
         """
         batch_size, queries = whole("batch_size", batch_size), as_samples(queries)
         self.check_unchanged()
-        asked = self.objective, sample_ids(queries, "query")   # an image that cannot be read is named
-        if region is None and (g := self._answered.get(asked)) is not None: return g
+        asked = self.objective, question(queries)
+        if region is None and (g := self.kept.get(asked)) is not None: return g
         options = dict(regions=one_region_each(region, len(queries)), progress=progress)
         rows = range(len(queries))
         g = compute(self, self.objective, queries, rows, batch_size, name="query", **options)
-        if region is None and g.compressed.nbytes <= 2**28: self._answered.put(asked, g, g.compressed.nbytes)
+        if region is None: self.keep(asked, g)
         return g
 
     def check_unchanged(self) -> None:
@@ -239,7 +239,11 @@ class Store(ShardFolder):
 
     def forget_queries(self) -> None:
         """The next queries are computed, whatever was asked before; for measuring what that costs."""
-        self._answered = Kept()   # the last queries' gradients
+        self.kept = Kept()   # the last queries' gradients
+
+    def keep(self, asked, g: Gradients) -> None:
+        """Keeps gradients for who asks the same again, up to 256 MB with those kept before."""
+        if g.compressed.nbytes <= self.kept.most: self.kept.put(asked, g, g.compressed.nbytes)
 
     def influence(
         self,

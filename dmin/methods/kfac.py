@@ -26,7 +26,7 @@ from ..core.compression import make_compressor, NoCompression
 from ..core.files import read_tensors, write_tensors
 from ..core.gradients import (
     Kept, PerSampleGradients, flatten_like_gradient, sample_gradients, unflatten_like_gradient)
-from ..core.images import as_samples, sample_ids
+from ..core.images import as_samples, question, sample_ids
 from ..core.objective import Objective
 from ..core.regions import one_region_each, region_weight
 from ..core.registry import make_objective
@@ -183,10 +183,10 @@ class MeanGradients:
         for rows in shown: yield rows, _block(self, rows)
 
     def of_queries(self, queries, weights=None, region=None) -> torch.Tensor:   # (n, d)
-        """Queries' gradients; the last are kept, up to 1 GB. Arguments as of `drawn_gradients` and `scores`."""
+        """Queries' gradients; the last are kept, to 1 GB. Arguments as of `drawn_gradients` and `scores`."""
         if region is not None: return _of_queries(self, queries, weights, region)
         weighted = None if weights is None else weights.tolist()
-        asked = self.objective.fingerprint(), sample_ids(queries, "query"), weighted
+        asked = self.objective.fingerprint(), question(queries), weighted
         if (g := self._answered.get(asked)) is not None: return g
         g = _of_queries(self, queries, weights, None)
         return self._answered.put(asked, g, g.nbytes)

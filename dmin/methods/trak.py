@@ -10,7 +10,6 @@ __all__ = ['OWN_ROWS', 'DAMPINGS', 'FORMS', 'NO_CLEAN_IMAGE', 'NOISE_ALONE', 'ow
 # %% ../../nbs/methods/03_trak.ipynb #291a2e14
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
-from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -38,24 +37,21 @@ def own_rows(store: Store, n: int = OWN_ROWS) -> torch.Tensor:   # (n,) int64
     return torch.linspace(0, len(store) - 1, min(n, most, len(store))).round().long()
 
 # %% ../../nbs/methods/03_trak.ipynb #914e4e22
-_OWN = WeakKeyDictionary()   # store -> what it was asked last, and those gradients
-
-
 def own_gradients(store: Store, n: int = OWN_ROWS) -> tuple[torch.Tensor, Gradients]:
     """Some training samples as queries: their rows, and their gradients under noise of another seed.
 
-    A store's last ones are kept, up to 256 MB, so that several methods choose their dampings by the same.
+    Kept as `Store.gradients` keeps them, so that several methods choose their dampings by the same ones.
     Raises `ValueError` when the store does not know its pipeline and its samples, or that has changed.
     """
     objective, samples, m = store.objective, store.training_samples, store.manifest
     store.check_unchanged()
     rows = own_rows(store, n)
-    asked = objective, samples, rows.tolist()
-    if _OWN.get(store, [None])[0] == asked: return rows, _OWN[store][1]
+    asked = "under other noise", objective, samples, rows.tolist()
+    if (g := store.kept.get(asked)) is not None: return rows, g
     seed = (m.noise_seed + 1) % 2**63
     times = torch.tensor(m.timesteps)
     g = sample_gradients(objective, samples.select(rows), times, store.compressor, seed, m.noises)
-    if g.compressed.nbytes <= 2**28: _OWN[store] = asked, g
+    store.keep(asked, g)
     return rows, g
 
 # %% ../../nbs/methods/03_trak.ipynb #4b4121a5

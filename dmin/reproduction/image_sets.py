@@ -173,10 +173,9 @@ def load_images(
     """
     kind = _checked_set(name, split, mode, source)
     if size is not None: height_and_width(size)   # complains
-    if kind.file: return _from_file(kind, split, size, mode)
-    ds = _from_hub(kind, split, source)
+    ds = _from_file(kind, split, size, mode) if kind.file else _from_hub(kind, split, source)
     if kind.n: ds = _draw(ds, kind.classes, dict(kind.n)[split])
-    return ds if size is None and mode is None else _resized_set(ds, size, mode)
+    return ds if kind.file or (size is None and mode is None) else _resized_set(ds, size, mode)
 
 # %% ../../nbs/reproduction/00_image_sets.ipynb #00c20888
 def evenly_spread(

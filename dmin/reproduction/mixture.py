@@ -130,7 +130,10 @@ def mixture_features():
 
 def _map(ds, row, about: str):
     """Every row `row(x, i)` made anew, in the mixture's columns; with a bar only where it takes long."""
+    from datasets import Dataset
+
     features = mixture_features()
+    if not len(ds): return Dataset.from_dict({c: [] for c in features}, features=features)
     others = [c for c in ds.column_names if c not in features]
     with _quiet_bars(len(ds) < 2000):
         return ds.map(row, with_indices=True, remove_columns=others, features=features, desc=about)
@@ -169,7 +172,7 @@ class _Pool:
         parts, first = [], 0
         for name, ds in self.sets.items():
             mine = needed[(needed >= first) & (needed < first + len(ds))] - first
-            if len(mine): parts.append(_in_columns(name, self.subsets[name], ds, mine, size, first))
+            parts.append(_in_columns(name, self.subsets[name], ds, mine, size, first))
             first += len(ds)
         return concatenate_datasets(parts).select(place)
 
