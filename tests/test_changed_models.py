@@ -52,7 +52,7 @@ def test_dampings_are_chosen_by_gradients_of_what_the_store_has_now(digits, tmp_
 
 def test_the_same_image_with_another_label_is_another_question(tmp_path):
     """Of several that were asked in turn, and are kept."""
-    images = [Image.effect_noise((32, 32), 60 + i).convert("RGB") for i in range(3)]
+    images = [Image.effect_noise((64, 64), 60 + i).convert("RGB") for i in range(3)]
     rows = as_samples([{"image": image, "label": 1} for image in images])
     store = collect(tiny("DiTPipeline"), rows, tmp_path, v=64, timesteps=2, progress=False)
     asked = [{"image": images[i], "label": label} for i, label in ((0, 0), (1, 0), (0, 1), (0, 0))]
