@@ -67,7 +67,7 @@ quickstart: $(INSTALLED)
 	DMIN_PRESET=$(PRESET) $(PY) tools/run_notebook.py nbs/tutorials/quickstart.ipynb --output out/quickstart.ipynb
 
 docs: $(INSTALLED)
-	$(PY) -m pip install --progress-bar off '.[docs]' -c constraints.txt
+	$(PY) -m pip install --progress-bar off -e '.[docs]' -c constraints.txt
 	$(PY) tools/make_docs.py
 
 paper: $(INSTALLED)
