@@ -83,7 +83,9 @@ test: export OMP_NUM_THREADS = 1
 test: export DMIN_REQUIRE_PEERS = 1
 test: $(INSTALLED)
 	$(PY) tools/check_notebooks.py
-	$(PY) tools/forked.py $(PY) -m pytest --tx '$(JOBS)*popen//python={python}' --max-worker-restart 8 --dist worksteal --nbmake --nbmake-timeout=900 --durations=20 --ignore tests/browser nbs tests
+	$(PY) tools/forked.py $(PY) -m pytest \
+	  --tx '$(JOBS)*popen//python={python}' --max-worker-restart 8 --dist worksteal \
+	  --nbmake --nbmake-timeout=900 --durations=20 --ignore tests/browser nbs tests
 
 test-browser: export DMIN_PRESET = smoke
 test-browser: export DMIN_OUT = $(CURDIR)/out/smoke
@@ -126,7 +128,8 @@ keep: $(INSTALLED)
 # an option for a variable of the command line; one of the environment, such as EMAIL, does not count
 given = $(if $(filter command%,$(origin $(1))),$(2) '$(subst ','\'',$($(1)))')
 address: $(INSTALLED)
-	$(PY) tools/set_address.py $(call given,GIT_URL,--git-url) $(call given,SITE,--site) $(call given,AUTHOR,--author) $(call given,EMAIL,--email)
+	$(PY) tools/set_address.py $(call given,GIT_URL,--git-url) $(call given,SITE,--site) \
+	  $(call given,AUTHOR,--author) $(call given,EMAIL,--email)
 
 readme: $(INSTALLED)
 	$(PY) tools/make_readme.py

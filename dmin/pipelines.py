@@ -162,6 +162,8 @@ def _from_pretrained(where: str, offline: str, **options):
             absent = {name: None for name, part in parts.items() if part == [None, None]}
             return DiffusionPipeline.from_pretrained(where, use_safetensors=True, **absent | options)
     except OSError as e:
+        if where.startswith(("/", ".", "~")) and not Path(where).exists():
+            raise OSError(f"{where}: there is no such folder; save_pretrained writes one") from e
         if not Path(where).is_dir():
             raise hub_unreachable(where, offline, e) from e
         only = "only safetensors weights are read; save_pretrained writes them"

@@ -4,7 +4,9 @@ computes.
 import atexit
 import gc
 import os
+import shutil
 import sys
+from functools import lru_cache
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -12,8 +14,9 @@ import pytest
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 
-from dmin.reproduction.image_sets import load_images
+from dmin import collect
 from dmin.core.gradients import flatten_like_gradient
+from dmin.reproduction.image_sets import load_images
 
 # for real processes: forks with the libraries in memory, where tools/forked.py offers them
 PYTHON = os.environ.get("FORKED_PYTHON", sys.executable)
@@ -53,6 +56,25 @@ def one_by_one(parameters, loss_of, n):
 
 @pytest.fixture
 def pipe(): return make_pipeline()
+
+
+RECIPE = dict(v=64, timesteps=2, shard_size=4, progress=False)
+
+
+@pytest.fixture(scope="session")
+def collected(digits, tmp_path_factory):
+    """A function of n: the folder of a store of so many digits, by `RECIPE`, which nobody changes."""
+    folder = tmp_path_factory.mktemp("collected")
+
+    @lru_cache
+    def of(n): return collect(make_pipeline(), digits.select(range(n)), folder / str(n), **RECIPE).folder
+    return of
+
+
+def own_store(folder, pipe, samples, collected):
+    """A test's own store of the first digits and such a pipeline: a copy is quicker than collecting again."""
+    shutil.copytree(collected(len(samples)), folder)
+    return collect(pipe, samples, folder, **RECIPE)
 
 
 @pytest.fixture(scope="session")

@@ -148,3 +148,15 @@ def test_the_files_of_a_folder_of_pictures(tmp_path):
     pictures = load_dataset("imagefolder", data_dir=str(folder), split="train", cache_dir=str(tmp_path / "c"))
     table = Scores(torch.randn(1, 4, 1), samples=pictures).top(2).to_pandas()
     assert table["file"].tolist() == [f"mine {i}.png" for i in table["row"]]
+
+
+def test_pictures_of_a_folder_are_told_by_their_files(tmp_path):
+    """In print, and first in captions, where one prompt is that of all."""
+    for i in range(3): Pictures.effect_noise((8, 8), 60 + i).save(tmp_path / f"hill_{i}.png")
+    pictures = load_dataset("imagefolder", data_dir=str(tmp_path), split="train")
+    pictures = pictures.add_column("prompt", ["a photo of sks hill"] * 3)
+    ranking = Scores(torch.randn(1, 3, 1, generator=torch.manual_seed(0)), None, pictures.select([0]), pictures).top(3)
+    for row in range(3):
+        assert f"hill_{row}.png · a photo of sks hill" in str(ranking)
+        assert f"hill_{row}.png · a photo of sks hill" in ranking.to_html()
+    with pytest.raises(ValueError, match="k=10: choose 1 to 3.*there are 3 training samples"): ranking.source.top(10)

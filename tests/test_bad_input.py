@@ -1,12 +1,10 @@
 """Bad input gets an error that names the value, what was expected and the way out; nothing that was stored is
 lost.
 """
-import shutil
-
 import numpy as np
 import pytest
 import torch
-from conftest import make_pipeline
+from conftest import make_pipeline, own_store, RECIPE
 from datasets import Dataset
 from PIL import Image
 
@@ -15,19 +13,10 @@ from dmin.core.compression import Compressor
 from dmin.core.gradients import Gradients
 from dmin.core.store import Store
 
-RECIPE = dict(v=64, timesteps=2, shard_size=4, progress=False)
-
-
-@pytest.fixture(scope="module")
-def collected(digits, tmp_path_factory):
-    return collect(make_pipeline(), digits, tmp_path_factory.mktemp("collected") / "store", **RECIPE)
 
 
 @pytest.fixture
-def store(pipe, digits, tmp_path, collected):
-    """Each test's own, of the same pipeline: a copy is quicker than collecting again."""
-    shutil.copytree(collected.folder, tmp_path / "store")
-    return collect(pipe, digits, tmp_path / "store", **RECIPE)
+def store(pipe, digits, tmp_path, collected): return own_store(tmp_path / "store", pipe, digits, collected)
 
 
 @pytest.mark.parametrize("v, said", [(0, "v=0.*positive"), (-1, "v=-1.*positive"), ("big", "positive"), (10**8, "v=100000000 is larger than the gradient")])

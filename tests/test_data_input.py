@@ -136,6 +136,7 @@ def test_a_broken_file_is_named(broken, tmp_path):
             and "leave it out" in words
             and "select" in words)
     assert said(sample_ids, data_set, name="query").startswith("query 3 cannot")
+    assert f"mend {path}, or leave it out, samples.select(" in said(sample_ids, data_set)
 
 
 def test_a_missing_file_is_named(tmp_path):

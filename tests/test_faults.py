@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import make_pipeline, PYTHON
+from conftest import make_pipeline, own_store, PYTHON, RECIPE
 from datasets import ClassLabel, Dataset, Features
 from PIL import Image
 
@@ -28,23 +28,15 @@ from dmin.families.ddpm import DDPMObjective
 from dmin.core.shards import differences, Manifest
 from dmin.core.store import Store
 
-RECIPE = dict(v=64, timesteps=2, shard_size=4, progress=False)
 
 
 def contents(folder):
     return {p.name: p.read_bytes() for p in sorted(Path(folder).iterdir()) if not p.name.startswith(".")}
 
 
-@pytest.fixture(scope="module")
-def collected(digits, tmp_path_factory):
-    return collect(make_pipeline(), digits.select(range(12)), tmp_path_factory.mktemp("collected") / "store", **RECIPE)
-
-
 @pytest.fixture
 def store(pipe, digits, tmp_path, collected):
-    """Each test's own, of the same pipeline: a copy is quicker than collecting again."""
-    shutil.copytree(collected.folder, tmp_path / "store")
-    return collect(pipe, digits.select(range(12)), tmp_path / "store", **RECIPE)
+    return own_store(tmp_path / "store", pipe, digits.select(range(12)), collected)
 
 
 def synthetic(folder, n=8, shard_size=4, v=16, **more):

@@ -9,7 +9,8 @@ from datasets import Dataset, Features, Value
 from datasets import Image as ImageFeature
 from PIL import Image
 
-from dmin.reproduction.mixture import add_noise, AUTHORS, load_mixture, NOISES, plan_mixture, SUBSETS
+from dmin.reproduction.mixture import (
+    add_noise, AUTHORS, build_mixture, load_mixture, NOISES, plan_mixture, Subset, SUBSETS)
 
 PUBLISHED = {"flowers": (162, 34), "lego_sets": (40, 21), "magic_cards": (1541, 375)}   # DMin, Table 1
 
@@ -142,3 +143,11 @@ def test_a_changed_upstream(tmp_path, rows, caption, said):
     repository(tmp_path / SUBSETS["paper"]["magic_cards"].where, rows, caption)
     with pytest.raises(ValueError) as e: load_mixture("paper", source=tmp_path)
     assert said in str(e.value) and "revision" in str(e.value)
+
+
+def test_a_split_without_rows_is_empty(tmp_path):
+    """Of one row, four fifths are none; it is in the other split."""
+    repository(tmp_path / "a" / "b", 1, "text")
+    mixture = {"one": Subset("a/b", "text", 1)}
+    train, test = (build_mixture(mixture, split, source=tmp_path) for split in ("train", "test"))
+    assert (len(train), len(test)) == (0, 1) and train.features == test.features

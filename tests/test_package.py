@@ -86,6 +86,14 @@ def test_names_are_loaded_in_every_way(script, printed):
     assert run(UNKNOWN + script, python=PYTHON) == (printed, "")
 
 
+def test_a_clone_beside_the_script_is_not_the_package(tmp_path):
+    """Whose folder is called as the package is."""
+    (tmp_path / "dmin" / "nbs").mkdir(parents=True)
+    script = "import dmin; print(dmin.collect.__name__)"
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=600)
+    assert (done.stdout.strip(), done.stderr) == ("collect", "")
+
+
 def test_a_name_that_is_none():
     with pytest.raises(AttributeError, match="module 'dmin' has no attribute 'colect'"): dmin.colect
     with pytest.raises(ImportError, match="colect"): from dmin import colect   # noqa: F401

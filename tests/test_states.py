@@ -1,12 +1,11 @@
 """States of pipelines, stores and training that change results unless they are noticed."""
 import os
-import shutil
 from pathlib import Path
 
 import diffusers
 import pytest
 import torch
-from conftest import make_pipeline
+from conftest import make_pipeline, own_store, RECIPE
 from datasets import Dataset, Features
 from datasets import Image as ImageFeature
 from PIL import Image
@@ -37,7 +36,6 @@ from dmin.core.store import Store
 from dmin.families.latent import train_tokenizer
 from dmin.training import fit
 
-RECIPE = dict(v=64, timesteps=2, shard_size=4, progress=False)
 
 
 @pytest.fixture(scope="module")
@@ -48,16 +46,9 @@ def mixture(): return load_mixture("mini", size=32).select(range(4))
 def tokenizer(mixture): return train_tokenizer(mixture["prompt"], 600)
 
 
-@pytest.fixture(scope="module")
-def collected(digits, tmp_path_factory):
-    return collect(make_pipeline(), digits.select(range(12)), tmp_path_factory.mktemp("collected") / "store", **RECIPE)
-
-
 @pytest.fixture
 def store(pipe, digits, tmp_path, collected):
-    """Each test's own, of the same pipeline: a copy is quicker than collecting again."""
-    shutil.copytree(collected.folder, tmp_path / "store")
-    return collect(pipe, digits.select(range(12)), tmp_path / "store", **RECIPE)
+    return own_store(tmp_path / "store", pipe, digits.select(range(12)), collected)
 
 
 # adapters

@@ -14,29 +14,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_pipeline, PYTHON
+from conftest import make_pipeline, own_store, PYTHON, RECIPE
 
 from dmin.core.store import collect, open_store
 from dmin.core.shards import Manifest
 from dmin.core.store import Store
 
-RECIPE = dict(v=64, timesteps=2, shard_size=4, progress=False)
 
 
 def contents(folder):
     return {p.name: p.read_bytes() for p in sorted(Path(folder).iterdir()) if not p.name.startswith(".")}
 
 
-@pytest.fixture(scope="module")
-def collected(digits, tmp_path_factory):
-    return collect(make_pipeline(), digits, tmp_path_factory.mktemp("collected") / "store", **RECIPE)
-
-
 @pytest.fixture
-def store(pipe, digits, tmp_path, collected):
-    """Each test's own, of the same pipeline: a copy is quicker than collecting again."""
-    shutil.copytree(collected.folder, tmp_path / "store")
-    return collect(pipe, digits, tmp_path / "store", **RECIPE)
+def store(pipe, digits, tmp_path, collected): return own_store(tmp_path / "store", pipe, digits, collected)
 
 
 COLLECTING = """

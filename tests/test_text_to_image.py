@@ -15,7 +15,7 @@ import torch
 from conftest import one_by_one, PYTHON
 from diffusers import SD3Transformer2DModel, UNet2DConditionModel
 
-from dmin import collect, load_mixture
+from dmin import collect, load_mixture, open_store
 from dmin.core.compression import NoCompression
 from dmin.core.gradients import PerSampleGradients, sample_gradients
 from dmin.core.registry import make_objective
@@ -399,6 +399,8 @@ def test_manifest_names_the_options(tokenizer, mixture, tmp_path):
         == "StableDiffusion3Objective, latent_seed=3, latents='draw'")
     with pytest.raises(ValueError, match="objective is"):
         collect(pipe, mixture.select(range(2)), tmp_path, v=16, timesteps=1, progress=False)
+    with pytest.raises(ValueError, match="with other options: its objective is .*latents='draw', not"):
+        open_store(tmp_path, pipe)
 
 
 # bad input

@@ -18,7 +18,7 @@ COLUMNS, LINES = 110, 25
 LONG = {
     # classes, which stand whole in a cell: short methods, with their docstrings
     "Objective": 95,
-    "LatentObjective": 109,
+    "LatentObjective": 110,
     "PromptedObjective": 59,
     "StableDiffusion3Objective": 46,
     "StableDiffusionObjective": 26,
@@ -49,7 +49,7 @@ LONG = {
     "Manifest": 34,
     "ShardFiles": 84,
     "ShardFolder": 194,
-    "Store": 151,
+    "Store": 147,
     "Ranking": 69,
     "Scores": 107,
     "Groups": 76,

@@ -4,8 +4,9 @@
     python tools/forked.py pytest --tx 2*popen//python={python} tests
 
 Runs a command whose kernels `python3` are forked, as are torchrun's workers and what it starts as
-`$FORKED_PYTHON`, `{python}` in its arguments: a stand-in for `python` that takes `-c code`, `-m module` or a script. Each has a process of its own, with nothing defined in it;
-only what `import` would have loaded is in memory already. For systems that can fork.
+`$FORKED_PYTHON`, `{python}` in its arguments: a stand-in for `python` that takes `-c code`, `-m module` or a
+script. Each has a process of its own, with nothing defined in it; only what `import` would have loaded is in
+memory already. For systems that can fork.
 """
 import atexit
 import gc

@@ -18,10 +18,11 @@ from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+from run_notebook import WIDGET
+
 ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "out" / "docs"
 ADDRESS = re.search(r"^git_url = (\S+)", (ROOT / "settings.ini").read_text(), re.M)[1]
-WIDGET = "application/vnd.jupyter.widget-view+json"
 
 # caption -> what is in it: folders of notebooks, or notebooks, below nbs
 SECTIONS = {

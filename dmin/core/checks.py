@@ -20,9 +20,10 @@ def whole(
     value,
     least: int = 1,
     most: int | None = None,
+    why: str = "",           # the most is what it is, for the error
 ) -> int:
     """`value` as an int. Raises `ValueError` for what is no whole number, or outside `least` to `most`."""
-    needed = f"choose {least} to {most}, a whole number"
+    needed = f"choose {least} to {most}, a whole number" + (why and f": {why}")
     if most is None: needed = f"a whole number of at least {least} is needed"
     try: number = None if _is_bool(value) else operator.index(value)
     except TypeError: number = None

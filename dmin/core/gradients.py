@@ -705,7 +705,7 @@ def sample_gradients(
 
 # %% ../../nbs/core/11_gradients.ipynb #14564878
 class Kept:
-    """Answers to what was asked last: the newest, and those before it while all fit into `most` bytes."""
+    """Answers to what was asked last, as many as fit into `most` bytes."""
 
     def __init__(self, most: int = 2**28): self.most, self._answers = most, []
 
@@ -716,5 +716,5 @@ class Kept:
     def put(self, asked, answer, nbytes: int):
         """Keeps an answer, and returns it."""
         self._answers.append((asked, answer, nbytes))
-        while len(self._answers) > 1 and sum(n for *_, n in self._answers) > self.most: self._answers.pop(0)
+        while sum(n for *_, n in self._answers) > self.most: self._answers.pop(0)
         return answer

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['copied_upright', 'check_eight_bits', 'to_rgb', 'height_and_width', 'resized', 'cropped', 'as_samples', 'read_images',
-           'images_to_tensor', 'tensor_to_images', 'sample_ids', 'question', 'column_digests']
+           'images_to_tensor', 'tensor_to_images', 'sample_ids', 'query_key', 'column_digests']
 
 # %% ../../nbs/core/03_images.ipynb #e84d368f
 import hashlib
@@ -88,14 +88,25 @@ def cropped(
 
 # %% ../../nbs/core/03_images.ipynb #ec4e0a5f
 @contextmanager
-def _reading(name: str):
+def _reading(name: str, samples=None, i: int = 0):   # row i of a data set
     """While open, whatever goes wrong is told as the `ValueError` of an image that cannot be read."""
     try: yield
     except Exception as e:   # Pillow raises many kinds for a broken file
-        why, way_out = f"{type(e).__name__}: {e}", "mend its file, or leave it out, in a data set with select"
+        file, rest = "its file", "in a data set with select"
+        if samples is not None:
+            file, rest = _file_of(samples, i), f"samples.select([i for i in range(len(samples)) if i != {i}])"
+        why, way_out = f"{type(e).__name__}: {e}", f"mend {file}, or leave it out, {rest}"
         raise ValueError(f"{name} cannot be read as an image ({why}): {way_out}") from e
 
 
+def _file_of(samples, i: int) -> str:
+    """The file that row i of a data set is read from, "its file" where that is not known."""
+    from datasets import Image as ImageFeature
+
+    try: return samples.cast_column("image", ImageFeature(decode=False))[i]["image"]["path"] or "its file"
+    except Exception: return "its file"   # another error is being told
+
+# %% ../../nbs/core/03_images.ipynb #9c1d7e52
 def _check_floats(a: np.ndarray, name: str) -> None:
     if not np.isfinite(a).all():
         raise ValueError(f"{name} has {(~np.isfinite(a)).sum()} values that are NaN or infinite")
@@ -224,7 +235,7 @@ def read_images(samples, name: str = "sample") -> list[Image.Image]:
     """
     rows, images = iter(samples.select_columns(["image"])), []
     for i in range(len(samples)):
-        with _reading(f"{name} {i}"): image = next(rows)["image"]
+        with _reading(f"{name} {i}", samples, i): image = next(rows)["image"]
         if image is None:
             raise ValueError(f"{name} {i} {_LACKING}")
         images.append(image)
@@ -340,7 +351,7 @@ def sample_ids(
     rows = iter(samples.select_columns([c for c in ("image", "prompt") if c in samples.column_names]))
     ids = []
     for i in bar(range(len(samples)), "hashing", delay=2, leave=False):
-        with _reading(f"{name} {i}"): row = next(rows)
+        with _reading(f"{name} {i}", samples, i): row = next(rows)
         ids.append(_sample_id(row["image"], row.get("prompt"), f"{name} {i}"))
         if check is not None: check(row["image"], f"{name} {i}")
     return ids
@@ -350,7 +361,7 @@ def _comparable(value):
     return (value.mode, value.size, value.tobytes()) if isinstance(value, Image.Image) else value
 
 
-def question(queries) -> list:
+def query_key(queries) -> list:
     """All that queries consist of, to be compared: their ids, and the values of their other columns."""
     samples = as_samples(queries)
     others = [c for c in sorted(samples.column_names) if c not in ("image", "prompt")]

@@ -69,9 +69,9 @@ def quiet_libraries():
 def hub_unreachable(where: str, offline: str, error: Exception) -> OSError:
     """The error to raise where the Hub does not give `where`: `offline` is a name that works without it."""
     return OSError(
-        f"{where} cannot be fetched from the Hugging Face Hub: it does not exist, is not open to you, or the"
-        f" Hub cannot be reached. Offline, load_pipeline({offline!r}) works, and so does the path of a folder"
-        f" that save_pretrained wrote. ({type(error).__name__}: {str(error)[:200]})")
+        f"{where} is no folder here, and cannot be fetched from the Hugging Face Hub: it does not exist, is"
+        f" not open to you, or the Hub cannot be reached. Offline, load_pipeline({offline!r}) works, and so"
+        f" does the folder that save_pretrained wrote. ({type(error).__name__}: {str(error)[:200]})")
 
 # %% ../../nbs/core/01_runtime.ipynb #e9e46335
 def return_freed_memory() -> None:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import torch
 
-from .answers import Answer, caption, chosen, known_columns, with_free_names
+from .answers import Answer, caption, captioned, chosen, known_columns, with_free_names
 from .checks import timestep_weights, whole
 from .dtypes import columns
 from .gradients import Gradients
@@ -64,13 +64,12 @@ def _line(part: "Ranking", q: int, rank: int, said: str) -> str:
 def _lines(ranking: "Ranking"):
     """A ranking as text, line by line. No image is decoded for it."""
     samples, parts = ranking.samples, (ranking, *ranking.shown_with)
-    named = [c for c in ("label", "prompt") if samples is not None and c in samples.column_names]
-    words = samples.select_columns(named) if named else None
+    words = captioned(samples)
     for q in range(len(ranking.rows)):
         for part in parts:
             yield f"query {q} · {_heading(part, q, '*')}"
             for rank, i in enumerate(part.rows[q].tolist()):
-                yield _line(part, q, rank, caption(words[i], words) if named else "")
+                yield _line(part, q, rank, caption(words[i], words) if words else "")
 
 # %% ../../nbs/core/14_scores.ipynb #43c90f66
 _SHOWN = 20   # queries at most in a notebook's cell; figures show all
@@ -277,7 +276,8 @@ class Scores(Answer):
 # %% ../../nbs/core/14_scores.ipynb #19166910
 def _ranked(scores: Scores, k: int, heading: str, largest: bool) -> Ranking:
     """The first k samples of each query; equal scores keep the samples' order."""
-    k = whole("k", k, most=scores.per_timestep.shape[1])
+    n = scores.per_timestep.shape[1]
+    k = whole("k", k, most=n, why=f"there are {n} training samples to rank")
     order = scores.values.sort(dim=1, descending=largest, stable=True)
     rows = order.indices[:, :k]
     ranks = [x.ranks(largest).gather(1, rows) for x in scores.repeats]

@@ -208,7 +208,7 @@ def read_manifest(folder: Path) -> Manifest:
     before = _state(path)
     if before is None:
         _refuse_orphans(folder)
-        raise FileNotFoundError(f"there is no store in {folder}: make one with dmin.core.store")
+        raise FileNotFoundError(f"there is no store in {folder}: collect(pipe, samples, folder) makes one")
     content = read_json(path, {"format": int}, _RESTORE)
     if content["format"] not in READABLE:
         raise ValueError(

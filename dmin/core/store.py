@@ -19,7 +19,7 @@ from .cluster import cluster_best_rows, cluster_cosines
 from .factors import compressor_of, factored_weights
 from .files import read_json, remove_leftovers, write_atomically
 from .gradients import Gradients, Kept, sample_gradients
-from .images import as_samples, column_digests, question, sample_ids
+from .images import as_samples, column_digests, query_key, sample_ids
 from .index import build_index, Index, open_index
 from .objective import Objective
 from .regions import fade_outside, one_region_each
@@ -222,12 +222,12 @@ class Store(ShardFolder):
         """
         batch_size, queries = whole("batch_size", batch_size), as_samples(queries)
         self.check_unchanged()
-        asked = self.objective, question(queries)
+        asked = self.objective, query_key(queries)
         if region is None and (g := self.kept.get(asked)) is not None: return g
         options = dict(regions=one_region_each(region, len(queries)), progress=progress)
         rows = range(len(queries))
         g = compute(self, self.objective, queries, rows, batch_size, name="query", **options)
-        if region is None: self.keep(asked, g)
+        if region is None: self.kept.put(asked, g, g.compressed.nbytes)
         return g
 
     def check_unchanged(self) -> None:
@@ -239,11 +239,7 @@ class Store(ShardFolder):
 
     def forget_queries(self) -> None:
         """The next queries are computed, whatever was asked before; for measuring what that costs."""
-        self.kept = Kept()   # the last queries' gradients
-
-    def keep(self, asked, g: Gradients) -> None:
-        """Keeps gradients for who asks the same again, up to 256 MB with those kept before."""
-        if g.compressed.nbytes <= self.kept.most: self.kept.put(asked, g, g.compressed.nbytes)
+        self.kept = Kept()   # gradients of the last queries
 
     def influence(
         self,
@@ -286,7 +282,7 @@ class Store(ShardFolder):
         Raises what `influence` raises, and `ValueError` unless k is between 1 and the number of samples.
         """
         self.check_complete()
-        k = whole("k", k, most=len(self))
+        k = whole("k", k, most=len(self), why=f"there are {len(self)} training samples to rank")
         if weights is not None: weights = timestep_weights(weights, self.manifest.timesteps)
         g, shown = asked_gradients(self, queries, batch_size, region)
         if client is None: scores, rows = best_rows(self, g, k, weights, normalise)
@@ -484,6 +480,15 @@ def collect(
     return store
 
 # %% ../../nbs/core/17_store.ipynb #be5d6242
+def _check_options(store: Store, objective: Objective) -> None:
+    """Raises `ValueError` for an objective with other options: of the same model, it may be."""
+    had, has = store.manifest.objective, objective.describe()
+    if had != has:
+        raise ValueError(
+            f"{store.folder} was collected with other options: its objective is {had}, not {has}. Pass the"
+            " same ones, such as resize='crop', or collect into a new folder")
+
+
 def _check_same(stored: Manifest, given: Manifest, what: str, way_out: str) -> None:
     if words := differences(stored, given):
         raise ValueError(f"{what}: {'; '.join(words)}. {way_out}")
@@ -499,14 +504,14 @@ def open_store(
 ) -> Store:
     """Opens a store.
 
-    Raises `ValueError` when the pipeline or the samples are not those of the store, and what `ShardFolder`
-    raises.
+    Raises `ValueError` when pipeline, options or samples are not the store's, and what `ShardFolder` raises.
     """
     objective = None if pipe is None else make_objective(pipe, parameters, **options)
     samples = None if samples is None else as_samples(samples)
     store = Store(folder, verify, objective, samples)
     stored = store.manifest
     if objective is not None:
+        _check_options(store, objective)
         given = replace(stored, model=objective.fingerprint(), objective=objective.describe())
         _check_same(stored, given, f"{folder} was collected from another model", _PASS_PIPELINE)
     if samples is not None:

@@ -176,18 +176,21 @@ def _image_noise(images: torch.Tensor, shape: tuple, seed: int) -> torch.Tensor:
     return torch.stack([draw(x) for x in images])
 
 # %% ../../nbs/families/01_latent.ipynb #54c7675a
-def _warn_if_resized(images, size: tuple[int, int], how: str, names) -> bool:
-    """Warns, and returns True, when an image has another size; raises `ValueError` when there is no image."""
+def _check_present(images, names) -> None:
+    """Raises `ValueError` when there is no image."""
     absent = [name for image, name in zip(images, names) if image is None]
     if absent:
         raise ValueError(f"{absent[0]} has no image (None): drop such rows")
+
+
+def _warn_if_resized(images, size: tuple[int, int], names) -> bool:
+    """Warns, and returns True, when an image has another size."""
     others = [(name, image) for image, name in zip(images, names) if image.size != size[::-1]]
     if not others: return False
     name, image = others[0]
-    done = {"squash": "resized", "crop": "resized and cropped"}[how]
     warnings.warn(
-        f"images of other sizes, such as {name} of {image.width}×{image.height} pixels, are {done} to"
-        f" {size[1]}×{size[0]}; choose with collect(…, size=…, resize='squash' or 'crop')",
+        f"images of other sizes, such as {name} of {image.width}×{image.height} pixels, are resized to"
+        f" {size[1]}×{size[0]}; choose with collect(…, size=…, resize='squash' or 'crop'), or make_objective",
         stacklevel=6)
     return True
 
@@ -224,24 +227,24 @@ class LatentObjective(Objective):
     """A loss in the latent space of an autoencoder, of images of any size. Options:
 
     `size`: side, or (height, width), of the images in pixels; by default the pipeline's own. `resize`: how
-    others are fitted to it, "squash" or "crop" (about the centre). `latents`: "mean" or "draw" of the
-    autoencoder's distribution; `latent_seed` of the draw.
+    others are fitted to it, "squash" or "crop" (about the centre); None: "squash", and it is said.
+    `latents`: "mean" or "draw" of the autoencoder's distribution; `latent_seed` of the draw.
     """
 
     def __init__(
-        self, pipe, parameters=None, size=None, resize: str = "squash", latents: str = "mean",
+        self, pipe, parameters=None, size=None, resize: str | None = None, latents: str = "mean",
         latent_seed: int = 0, **options
     ):
-        one_of("resize", resize, ("squash", "crop"))
+        one_of("resize", resize or "squash", ("squash", "crop"))
         one_of("latents", latents, ("mean", "draw"))
         whole_seed("latent_seed", latent_seed)
         chosen = {"size": size, "latents": latents != "mean" and latents, "latent_seed": latent_seed}
         chosen["resize"] = resize != "squash" and resize
-        self.resize = resize
+        self.resize, self._resized = resize or "squash", resize is not None   # whether it need not be said
         self.options = self.options | {name: value for name, value in chosen.items() if value}
         super().__init__(pipe, parameters, **options)
         self.schedule   # complains of a scheduler whose noise levels cannot be read
-        self.latents, self.latent_seed, self._resized = latents, latent_seed, False
+        self.latents, self.latent_seed = latents, latent_seed
         shrink = self.shrink(pipe)
         self.size = checked_size(self.own_size(pipe) if size is None else size, shrink * self.patch)
         self.shape = (self.channels, *(side // shrink for side in self.size))
@@ -292,7 +295,8 @@ class LatentObjective(Objective):
     def pixels(self, images, names=None) -> torch.Tensor:
         """Images as the autoencoder takes them, (n, 3, *size) in [-1, 1]."""
         names = names or [f"sample {i}" for i in range(len(images))]
-        self._resized = self._resized or _warn_if_resized(images, self.size, self.resize, names)
+        _check_present(images, names)
+        self._resized = self._resized or _warn_if_resized(images, self.size, names)
         fitted = [self.fitted(to_rgb(image, name))[0] for image, name in zip(images, names)]
         return images_to_tensor(fitted, self.size, 3, names)
 

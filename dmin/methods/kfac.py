@@ -26,7 +26,7 @@ from ..core.compression import make_compressor, NoCompression
 from ..core.files import read_tensors, write_tensors
 from ..core.gradients import (
     Kept, PerSampleGradients, flatten_like_gradient, sample_gradients, unflatten_like_gradient)
-from ..core.images import as_samples, question, sample_ids
+from ..core.images import as_samples, query_key, sample_ids
 from ..core.objective import Objective
 from ..core.regions import one_region_each, region_weight
 from ..core.registry import make_objective
@@ -175,7 +175,7 @@ class MeanGradients:
         self.folder, self.progress = None if folder is None else absolute_folder(folder), progress
         draws, batch_size = whole("draws", draws), whole("batch_size", batch_size)
         self.options = dict(draws=draws, seed=whole_seed("seed", seed), batch_size=batch_size)
-        self._answered = Kept(2**30)   # the last queries' gradients
+        self._answered = Kept(2**31)   # gradients of the last queries
 
     def __iter__(self):
         blocks = torch.arange(len(self.samples)).split(AT_ONCE)
@@ -183,10 +183,10 @@ class MeanGradients:
         for rows in shown: yield rows, _block(self, rows)
 
     def of_queries(self, queries, weights=None, region=None) -> torch.Tensor:   # (n, d)
-        """Queries' gradients; the last are kept, to 1 GB. Arguments as of `drawn_gradients` and `scores`."""
+        """Queries' gradients; the last are kept, to 2 GB. Arguments as of `drawn_gradients` and `scores`."""
         if region is not None: return _of_queries(self, queries, weights, region)
         weighted = None if weights is None else weights.tolist()
-        asked = self.objective.fingerprint(), question(queries), weighted
+        asked = self.objective.fingerprint(), query_key(queries), weighted
         if (g := self._answered.get(asked)) is not None: return g
         g = _of_queries(self, queries, weights, None)
         return self._answered.put(asked, g, g.nbytes)

@@ -51,8 +51,7 @@ def own_gradients(store: Store, n: int = OWN_ROWS) -> tuple[torch.Tensor, Gradie
     seed = (m.noise_seed + 1) % 2**63
     times = torch.tensor(m.timesteps)
     g = sample_gradients(objective, samples.select(rows), times, store.compressor, seed, m.noises)
-    store.keep(asked, g)
-    return rows, g
+    return rows, store.kept.put(asked, g, g.compressed.nbytes)
 
 # %% ../../nbs/methods/03_trak.ipynb #4b4121a5
 DAMPINGS = tuple(10.0**e for e in range(-5, 4))   # what is tried
