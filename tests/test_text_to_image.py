@@ -437,6 +437,13 @@ def test_images_of_other_sizes_are_resized_and_said_once(tokenizer, tmp_path):
     assert len([w for w in said if "resized" in str(w.message)]) == 1
 
 
+@pytest.mark.parametrize("resize", ("squash", "crop"))
+def test_a_way_to_resize_that_was_chosen_is_not_told(resize, tokenizer, recwarn):
+    objective = make_objective(small("sd", tokenizer), resize=resize)
+    objective.encode(load_mixture("mini").select(range(2)))
+    assert not [w for w in recwarn if "other sizes" in str(w.message)]
+
+
 def test_prompts_to_generate_from(tokenizer):
     pipe = small("sd3", tokenizer)
     for bad, said in [
