@@ -8,7 +8,8 @@ from conftest import make_pipeline, own_store, RECIPE
 from datasets import Dataset
 from PIL import Image
 
-from dmin import collect, load_images, make_objective, open_index, sample_gradients, select_timesteps
+from dmin import (
+    collect, load_images, load_pipeline, make_objective, open_index, open_store, sample_gradients, select_timesteps)
 from dmin.core.compression import Compressor
 from dmin.core.gradients import Gradients
 from dmin.core.store import Store
@@ -207,3 +208,12 @@ def test_another_networks_configuration_is_another_model(digits, tmp_path):
 def test_a_name_instead_of_a_pipeline(digits, tmp_path):
     with pytest.raises(TypeError, match=r"load_pipeline\('ddpm-mnist'\)"):
         collect("ddpm-mnist", digits, tmp_path / "s")
+
+
+def test_folders_that_are_not_there(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"there is no store in .*nostore: collect\(pipe, samples, folder\)"):
+        open_store(tmp_path / "nostore")
+    with pytest.raises(ValueError, match="my-sd': give a folder, a Hub id"): load_pipeline(str(tmp_path / "my-sd"))
+    with pytest.raises(OSError, match="my-sd: there is no such folder"): load_pipeline("./my-sd")
+    with pytest.raises(OSError, match="models/my-sd is no folder here, and cannot be fetched"):
+        load_pipeline("models/my-sd")
