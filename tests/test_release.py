@@ -1,5 +1,6 @@
 """What leaves the repository: the two wheels outside a clone, the archive, the address in every file."""
 import hashlib
+import importlib.metadata
 import json
 import os
 import re
@@ -7,11 +8,13 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import tomllib
 import zipfile
 from pathlib import Path
 
 import nbformat
 import pytest
+from packaging.specifiers import SpecifierSet
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tools"))
@@ -156,3 +159,15 @@ def test_the_lock_is_of_the_tested_versions():
     assert wrong == {} and {"torch", "diffusers", "hnswlib", "nbmake"} <= locked.keys()
     entries = re.split(r"(?m)^(?=\S+==)", (ROOT / "requirements.lock").read_text())[1:]
     assert len(entries) == len(locked) and all("--hash=sha256:" in x for x in entries)
+
+
+def test_the_tested_versions_are_for_the_oldest_python_that_is_promised():
+    """As Debian 12's own, 3.11.2: a version for 3.11.5 or newer would end `make install` there."""
+    tested = re.findall(r"(?m)^([\w.-]+)==", (ROOT / "constraints.txt").read_text())
+    oldest = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["requires-python"]
+    oldest = oldest.removeprefix(">=") + ".0"
+    needed = {d.name: d.metadata["Requires-Python"] for d in importlib.metadata.distributions()}
+    needed = {re.sub(r"[-_.]+", "-", name).lower(): python for name, python in needed.items()}
+    known = [n for x in tested if (n := re.sub(r"[-_.]+", "-", x).lower()) in needed]
+    assert oldest == "3.11.0" and {"torch", "diffusers", "soupsieve"} <= set(known)
+    assert [n for n in known if oldest not in SpecifierSet(needed[n] or "")] == []

@@ -16,7 +16,7 @@ from pathlib import Path
 from torch_index import CPU_INDEX
 
 ROOT = Path(__file__).resolve().parents[1]
-PLATFORM = ("--python-version", "3.11.7", "--python-platform", "x86_64-manylinux_2_28")
+PLATFORM = ("--python-version", "3.11.0", "--python-platform", "x86_64-manylinux_2_28")
 ABOUT = f"""\
 # Made by tools/make_lock.py; do not edit. For Linux on x86-64, Python 3.11, no GPU:
 # {__doc__.strip().splitlines()[-1]}

@@ -7,6 +7,7 @@ __all__ = ['Explorer']
 
 # %% ../../nbs/core/13_explore.ipynb #24750357
 import html
+import secrets
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -36,6 +37,7 @@ def _about(methods: "Mapping[str, object]") -> dict:
     n = len(first.queries)
     looks = [_picture(x, 48) for x in first.queries["image"]] if n <= _PICTURED else [{} for _ in range(n)]
     return {
+        "name": secrets.token_hex(6),   # of this explorer among all of a page
         "queries": [look | {"title": f"query {q}"} for q, look in enumerate(looks)],
         "methods": list(methods),
         "timesteps": {name: scores.timesteps for name, scores in methods.items()},
@@ -260,7 +262,8 @@ const render = ({model, el}) => {
   keys(root, about, now, choose);
   model.on("change:shown", draw);
   draw();
-  el.append(root);
+  const hidden = `[data-dmin-explorer="${about.name}"] { display: none }`;   // its picture, while it lives
+  el.append(make("style", {textContent: hidden}), root);
 };
 export default {render};
 """
@@ -268,7 +271,6 @@ _SCRIPT = _PICTURES + _CONTROLS + _PARTS + _LARGE + _KEYS + _FOCUS + _RENDER
 
 # %% ../../nbs/core/13_explore.ipynb #753c9d07
 _STYLE = """
-:is(.jp-OutputArea, .cell_container, #output-area):has(.dmin-explorer) .dmin-explorer-static { display: none }
 .dmin-explorer { font: 12px/1.35 system-ui, sans-serif; color: inherit; padding: 2px; outline: none }
 .dmin-explorer.waiting .samples { opacity: .5 }
 .dmin-explorer button { font: inherit; color: inherit; background: none; cursor: pointer; padding: 3px;
@@ -395,4 +397,4 @@ class Explorer(anywidget.AnyWidget):
 
         widget, about = self._repr_mimebundle_(**options)
         display(widget, metadata=about, raw=True)
-        display(HTML(f'<div class="dmin-explorer-static">{self.static()}</div>'))
+        display(HTML(f'<div data-dmin-explorer="{self.about["name"]}">{self.static()}</div>'))

@@ -147,7 +147,7 @@ def test_explorer_without_a_kernel(page, lab, shots):
     lab.theme("Light")
     open_notebook(page, lab, "explore")
     run_all(page)
-    widget, picture = page.locator(".dmin-explorer").first, page.locator(".dmin-explorer-static").first
+    widget, picture = page.locator(".dmin-explorer").first, page.locator("[data-dmin-explorer]").first
     widget.wait_for()
     assert not picture.is_visible()
     page.locator(".lm-MenuBar-itemLabel", has_text=re.compile("^File$")).click()
