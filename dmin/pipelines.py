@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from .core.checks import check_options, whole, whole_seed
+from .core.checks import check_options, warn, whole, whole_seed
 from .core.objective import network
 from .core.registry import Family, pipeline_family
 from .core.runtime import bar, data_folder, hub_unreachable, quiet_libraries
@@ -182,10 +182,10 @@ def _tell_strength(pipe, name: str, alpha: int) -> None:
     """Warns where a name's adapters act with another alpha than its recipe's: their file may hold none."""
     found = sorted({adapter.lora_alpha for adapter in network(pipe).peft_config.values()})
     if found == [alpha]: return
-    warnings.warn(
+    warn(
         f"{name}: its adapters were loaded with alpha {', '.join(map(str, found))}, their rank where the file"
         f" holds none, and its recipe says {alpha}: they act at another strength than in training."
-        " load_pipeline(…, lora=folder) loads a file that holds it", stacklevel=4)
+        " load_pipeline(…, lora=folder) loads a file that holds it")
 
 # %% ../nbs/01_pipelines.ipynb #49a716e8
 def _adapt(pipe, name: str, lora: str | Path | None) -> None:
@@ -203,8 +203,7 @@ def _adapt(pipe, name: str, lora: str | Path | None) -> None:
     if recipe.rank:
         add_lora(pipe, rank=recipe.rank, alpha=recipe.alpha, targets=recipe.targets)
         hint = "; load_pipeline(…, lora=folder) loads adapters"
-    warnings.warn(
-        f"{name} is {source.hub} as it was published: finetune(pipe, …) tunes it{hint}", stacklevel=3)
+    warn(f"{name} is {source.hub} as it was published: finetune(pipe, …) tunes it{hint}")
 
 # %% ../nbs/01_pipelines.ipynb #9ca0f819
 def _shared(source: PipelineSource, dtype) -> dict:

@@ -8,13 +8,12 @@ __all__ = ['ReferenceCompressor', 'random_words', 'random_signs', 'add_plainly',
 
 # %% ../../nbs/core/06_compression.ipynb #a07462e5
 import math
-import warnings
 from functools import lru_cache
 from importlib.util import find_spec
 
 import torch
 
-from .checks import whole, whole_seed
+from .checks import warn, whole, whole_seed
 
 # %% ../../nbs/core/06_compression.ipynb #4c4420cf
 def _check_v(v) -> int:
@@ -185,8 +184,8 @@ def _kernel(device: torch.device):
         fault = "it gave other numbers than the plain operations"
     except Exception as e:   # whatever Triton's compiler or the driver says
         fault = f"it failed: {type(e).__name__}: {e}"
-    warnings.warn(f"the compression kernel is not used on {device}, where {fault}. Compressing works all the"
-                  " same, slower; please report this", stacklevel=2)
+    warn(f"the compression kernel is not used on {device}, where {fault}. Compressing works all the"
+         " same, slower; please report this")
     return None
 
 # %% ../../nbs/core/06_compression.ipynb #ccd48510

@@ -8,13 +8,13 @@ __all__ = ['DTYPES', 'FEW_QUERIES', 'scaled', 'check_fewer_bits', 'stored_width'
 
 # %% ../../nbs/core/12_dtypes.ipynb #49a95e0b
 import math
-import warnings
 from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
+from .checks import warn
 from .compression import random_signs, standard_error
 from .popcount import counts_bits, planes_of, whole_products
 
@@ -129,11 +129,10 @@ def warn_of_kernels(store) -> None:
     m = store.manifest
     if m.dtype != "1bit": return
     error, usual = math.pi / 2 / math.sqrt(m.v), standard_error(m.v)
-    warnings.warn(
+    warn(
         f"{store.folder.name} keeps one bit a number. Products of its rows with one another, which this"
         f" method needs, err by {error:.3f}, not {usual:.3f}, and squared lengths come out 1.57 times too"
-        " long: its predictions get worse. Collect with dtype='float16' for it; DMin is as good on one bit",
-        stacklevel=4)
+        " long: its predictions get worse. Collect with dtype='float16' for it; DMin is as good on one bit")
 
 # %% ../../nbs/core/12_dtypes.ipynb #b1bc45fb
 _HIGH, _STEPS = 128, 127 * 128   # a number is high * 128 + low, both in a byte

@@ -262,8 +262,7 @@ const render = ({model, el}) => {
   keys(root, about, now, choose);
   model.on("change:shown", draw);
   draw();
-  const hidden = `[data-dmin-explorer="${about.name}"] { display: none }`;   // its picture, while it lives
-  el.append(make("style", {textContent: hidden}), root);
+  el.append(make("style", {textContent: `[data-dmin-explorer="${about.name}"] { display: none }`}), root);
 };
 export default {render};
 """

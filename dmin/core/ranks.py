@@ -11,9 +11,9 @@ import math
 import os
 import platform
 import time
-import warnings
 from pathlib import Path
 
+from .checks import warn
 from .files import write_atomically
 from .runtime import launched_processes
 
@@ -58,7 +58,7 @@ class Ranks:
         write_atomically(self._path(self.rank), lambda path: path.write_text(json.dumps(told)))
         if self.rank == 0 and not self._warned and (stopped := self.stopped()):
             self._warned = True   # nobody waits yet: the work goes on, and somebody may look
-            warnings.warn("; ".join(stopped), stacklevel=3)
+            warn("; ".join(stopped))
 
     def unfinished(self) -> dict[int, dict]:
         """What those others have told last that have parts left."""

@@ -8,13 +8,12 @@ __all__ = ['compute', 'fill', 'new_samples', 'announce', 'asked_gradients', 'Sto
 # %% ../../nbs/core/17_store.ipynb #7e4c81b3
 import json
 import operator
-import warnings
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from .checks import absolute_folder, finite, one_of, timestep_weights, whole, whole_seed
+from .checks import absolute_folder, finite, one_of, timestep_weights, warn, whole, whole_seed
 from .cluster import cluster_best_rows, cluster_cosines
 from .factors import compressor_of, factored_weights
 from .files import read_json, remove_leftovers, write_atomically
@@ -56,7 +55,7 @@ def _merge(store: ShardFolder, ranks: Ranks, of: int) -> None:
     """Makes few shards of many; where that cannot be now, the store is complete as it is."""
     try: store.merge_shards(lambda: ranks.tell(of - 1, of))
     except (OSError, ValueError) as e:
-        warnings.warn(f"{store.folder} is complete, with as many shards as before: {e}", stacklevel=4)
+        warn(f"{store.folder} is complete, with as many shards as before: {e}")
 
 
 def _finish(store: ShardFolder, ranks: Ranks, processes, of: int, written: bool) -> None:
@@ -150,10 +149,9 @@ def new_samples(stored: list[str], known, new, duplicates: str, check=None) -> t
         left = sorted(set(range(len(ids))) - set(again))
         return new.select(left), [ids[i] for i in left]
     if stored[len(known):] != ids:   # else it was said by the call that was interrupted
-        warnings.warn(
+        warn(
             f"{len(again)} of {len(ids)} new samples, such as new sample {again[0]}, are in the store already"
-            " and will be in it twice: duplicates='skip' leaves them out",
-            stacklevel=3)
+            " and will be in it twice: duplicates='skip' leaves them out")
     return new, ids
 
 # %% ../../nbs/core/17_store.ipynb #74d26088
@@ -412,15 +410,14 @@ def _watch_columns(store: Store, samples) -> None:
     path, way_out = store.folder / "columns.json", "remove it: it only tells when labels have changed"
     if not path.exists(): return
     try: note = read_json(path, {"samples": int, "digests": dict}, way_out)
-    except ValueError as e: return warnings.warn(str(e), stacklevel=3)
+    except ValueError as e: return warn(str(e))
     if not 0 <= note["samples"] <= len(samples): return
     now = column_digests(samples, note["samples"])
     changed = [c for c in note["digests"] if c in now and now[c] != note["digests"][c]]
     if changed:
-        warnings.warn(
+        warn(
             f"{' and '.join(changed)} of the samples are not what they were when {store.folder} was"
-            " collected: scores do not depend on them, but what is shown and detection rates do",
-            stacklevel=3)
+            " collected: scores do not depend on them, but what is shown and detection rates do")
 
 # %% ../../nbs/core/17_store.ipynb #ef21a4a9
 def collect(

@@ -9,14 +9,13 @@ __all__ = ['train_tokenizer', 'tiny_vae', 'tiny_text_encoder', 'tiny_t5', 'tiny_
 # %% ../../nbs/families/01_latent.ipynb #a14dca9d
 import hashlib
 import math
-import warnings
 from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
 from PIL import Image
 
-from ..core.checks import one_of, whole, whole_seed
+from ..core.checks import one_of, warn, whole, whole_seed
 from ..core.images import cropped, height_and_width, images_to_tensor, resized, to_rgb
 from ..core.objective import (
     Objective, adapter_parameters, adapters_in_use, counted_parameters, draw_noise, network)
@@ -153,10 +152,9 @@ def _warn_if_cut(tokenizer, most: int, prompts: list[str]) -> None:
         if len(ids) > most: cut.append((i, len(ids), tokenizer.decode(ids[most - 1:-1])))
     if len(cut) <= len(prompts) / 10: return
     i, n, rest = cut[0]
-    warnings.warn(
+    warn(
         f"{len(cut)} of {len(prompts)} prompts are longer than the {most} tokens that are read: of"
-        f" sample {i} ({n} tokens) {rest!r} was cut",
-        stacklevel=3)
+        f" sample {i} ({n} tokens) {rest!r} was cut")
 
 # %% ../../nbs/families/01_latent.ipynb #d1e99290
 def _released_parameters(model, parameters) -> list[str]:
@@ -188,10 +186,9 @@ def _warn_if_resized(images, size: tuple[int, int], names) -> bool:
     others = [(name, image) for image, name in zip(images, names) if image.size != size[::-1]]
     if not others: return False
     name, image = others[0]
-    warnings.warn(
+    warn(
         f"images of other sizes, such as {name} of {image.width}×{image.height} pixels, are resized to"
-        f" {size[1]}×{size[0]}; choose with collect(…, size=…, resize='squash' or 'crop'), or make_objective",
-        stacklevel=6)
+        f" {size[1]}×{size[0]}; choose with collect(…, size=…, resize='squash' or 'crop'), or make_objective")
     return True
 
 # %% ../../nbs/families/01_latent.ipynb #9375618f
@@ -211,8 +208,8 @@ def _check_text_adapters(pipe, model, parameters) -> None:
             " which was not trained: parameters='*' counts all of it all the same,"
             " pipe.unload_lora_weights() removes the adapters")
     lost = sum(apart.values())
-    warnings.warn(f"{counted:,} numbers of the adapters of {kind} count; the {lost:,} of those on {where} do"
-                  " not", stacklevel=5)
+    warn(f"{counted:,} numbers of the adapters of {kind} count; the {lost:,} of those on {where} do"
+         " not")
 
 # %% ../../nbs/families/01_latent.ipynb #2a7ba386
 def checked_size(size, multiple: int) -> tuple[int, int]:

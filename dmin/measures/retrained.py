@@ -9,14 +9,13 @@ __all__ = ['Retrain', 'Retrained']
 import hashlib
 import itertools
 import json
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from ..core.checks import absolute_folder
+from ..core.checks import absolute_folder, warn
 from ..core.files import (
     read_json, read_tensors, remove_leftovers, storing, write_atomically, write_tensors)
 from ..core.runtime import bar, launched_processes, shown_path
@@ -48,8 +47,7 @@ def _checked_names(path: Path) -> list[str]:
     """The names of a file's tensors, once it has been found undamaged."""
     tensors, about = read_tensors(path, "remove it, and its models are trained again")
     if not about:
-        warnings.warn(
-            f"{shown_path(path)} has no checksum, as an older dmin wrote it: pack() adds one", stacklevel=4)
+        warn(f"{shown_path(path)} has no checksum, as an older dmin wrote it: pack() adds one")
     return list(tensors)
 
 # %% ../../nbs/measures/04_retrained.ipynb #978642be

@@ -9,14 +9,13 @@ __all__ = ['MEMORY', 'Blocks', 'block_rows', 'as_blocks', 'mean_gradient_blocks'
 
 # %% ../../nbs/methods/02_kernels.ipynb #7dec0ec9
 import math
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 
-from ..core.checks import finite, whole
+from ..core.checks import finite, warn, whole
 from ..core.dtypes import warn_of_kernels
 from ..core.store import Store
 from .first_order import mean_gradients, mean_weights
@@ -263,7 +262,7 @@ def choose_form(blocks: Blocks, rank: int | None, memory: float) -> tuple[str, i
     about = f"the exact kernel of {n} rows of {width} numbers takes {needed / 1e9:.1f} GB"
     if rank < 1:
         raise ValueError(f"memory={memory:g}: {about}, and one direction more than that: allow more")
-    warnings.warn(f"{about}: approximated by {rank} directions. Set rank or memory to choose", stacklevel=4)
+    warn(f"{about}: approximated by {rank} directions. Set rank or memory to choose")
     return "truncated", rank
 
 # %% ../../nbs/methods/02_kernels.ipynb #7aa10c3f
