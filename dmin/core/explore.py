@@ -277,7 +277,7 @@ _STYLE = """
 .dmin-explorer button:focus-visible { outline: 2px solid #2563eb; outline-offset: 1px }
 .dmin-explorer .queries, .dmin-explorer .controls, .dmin-explorer .samples, .dmin-explorer .weights[open]
   { display: flex; flex-wrap: wrap; gap: 6px 14px; align-items: center; margin: 6px 0 }
-.dmin-explorer .queries { gap: 6px; max-height: 130px; overflow-y: auto }
+.dmin-explorer .queries { gap: 6px; max-height: 130px; overflow-y: auto; padding: 4px; margin: 2px -4px }
 .dmin-explorer .query.now { outline: 3px solid #c2410c }
 .dmin-explorer .samples { gap: 8px; align-items: start }
 .dmin-explorer .sample { width: 106px; text-align: center; border-color: transparent; overflow: hidden }
@@ -292,7 +292,9 @@ _STYLE = """
 .dmin-explorer td { text-align: left; overflow-wrap: anywhere; max-width: 420px }
 .dmin-explorer .bar { display: inline-block; height: 9px; background: #2563eb }
 .dmin-explorer .bar.below { background: #c2410c }
-.dmin-explorer select, .dmin-explorer input { font: inherit; color: inherit; vertical-align: middle }
+.dmin-explorer :is(select, input, output) { font: inherit; color: inherit; vertical-align: middle }
+.dmin-explorer :is(input, output) { display: inline-block; width: auto; padding: 0 }
+.dmin-explorer summary { display: list-item }
 .dmin-explorer option { color: initial }
 .dmin-explorer img { max-width: 100%; margin: 0 }
 """
