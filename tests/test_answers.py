@@ -68,6 +68,37 @@ def test_rankings_as_people_expect(scores):
     assert [r.rows[0, 0].item() for r in scores.top(1)] == [3, 17, 5]
 
 
+def test_rankings_shown_together(scores):
+    a, b, c = scores.top(4), scores.bottom(2), scores.top(1)
+    assert [x.rows.shape[1] for x in (a + (b + c)).shown_with] == [2, 1]   # none is lost
+    for wrong in (lambda: a[0] + b, lambda: a + b[0]):
+        with pytest.raises(ValueError, match="queries cannot be shown together"): wrong()
+
+
+def test_the_explorer_opens_on_what_was_ranked(scores, named):
+    explorer = scores.bottom(3).explore()
+    assert [x["row"] for x in explorer.shown["samples"]] == scores.bottom(3).rows[0].tolist()
+    few = Scores(scores.per_timestep[:, :4], scores.timesteps, scores.queries, named.select(range(4)))
+    assert len(few.explore().shown["samples"]) == 4   # no more than there are
+    with pytest.raises(ValueError, match="two methods are called 'influence'"): scores.explore({"influence": scores})
+    explorer = scores.explore()
+    explorer.chosen = {**explorer.chosen, "large": 3}   # whose own column `score` is 7 everywhere
+    facts = dict(explorer.shown["large"]["facts"])
+    assert facts["sample_score"] == "7" and facts["score"] == f"{scores.values[0, 3]:+.4f}"
+
+
+def test_what_is_not_finite_has_no_rank():
+    parts = torch.tensor([[[1.], [float("nan")], [2.]]])
+    with pytest.raises(ValueError, match="training sample 1 for query 0 has the parts .nan.: .* no rank"): Scores(parts)
+
+
+def test_small_scores_keep_their_digits(named):
+    scores = Scores(torch.tensor([[[3e-11], [-2e-6], [0.]]]), None, named.select([0]), named.select(range(3)))
+    top = scores.top(3)
+    assert "+3.0e-11" in repr(top) and "+3.0e-11" in top.body() and "-2.0e-06" in top.body()
+    assert [x["score"] for x in json.loads(top.to_json())] == top.scores[0].tolist()
+
+
 def test_a_table_of_a_ranking(scores, named):
     ranking = scores.top(4) + scores.bottom(2)
     found = ranking.to_pandas()
@@ -86,7 +117,7 @@ def test_text_says_what_the_table_says(scores, tmp_path):
         table = answer.to_pandas()
         again = pd.read_csv(io.StringIO(answer.to_csv()))
         pd.testing.assert_frame_equal(again, table, rtol=1e-6)
-        assert json.loads(answer.to_json()) == json.loads(table.to_json(orient="records"))
+        assert json.loads(answer.to_json()) == table.to_dict("records")   # to the last digit
         for kind, text in (("csv", answer.to_csv()), ("json", answer.to_json()), ("html", answer.to_html())):
             path = answer.save(tmp_path / "new" / f"x.{kind}")
             assert path.read_text(encoding="utf-8") == text

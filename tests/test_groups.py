@@ -2,6 +2,7 @@
 import math
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from conftest import make_pipeline
@@ -32,13 +33,14 @@ def test_sums_against_loops(values):
             assert math.isclose(found.excess[q, g], excess, abs_tol=1e-9)
             assert found.found[q, g] == sum(LABELS[i] == name for i in first)
             if len(own) >= 5:
-                margin = student.ppf(.975, len(own) - 1) * len(own) * own.std() / len(own) ** .5
+                drawn = math.sqrt(len(own) * (1 - len(own) / len(LABELS)))   # without replacement
+                margin = student.ppf(.975, len(own) - 1) * drawn * own.std()
                 assert math.isclose(found.margin[q, g], margin, rel_tol=1e-9)
             else: assert math.isnan(found.margin[q, g])
     assert found.excess.sum(1).abs().max() < 1e-9   # what one group has above the average others lack
 
 
-@pytest.mark.parametrize("m", [5, 40])
+@pytest.mark.parametrize("m", [5, 40, 1000, 1800])
 def test_the_interval_covers(m):
     """A group drawn from among many: its excess is that of its members' distribution, 95 times in 100."""
     scores = torch.randn(1000, 2000, generator=torch.Generator().manual_seed(1))
@@ -46,6 +48,16 @@ def test_the_interval_covers(m):
     found, true = by_group(scores, ["ours"] * m + ["others"] * (2000 - m)), m * .5 * (1 - m / 2000)
     inside = ((found.excess[:, 0] - true).abs() < found.margin[:, 0]).double().mean()
     assert .93 < inside < .97   # 3 standard errors
+
+
+def test_a_group_of_all_has_no_excess(values):
+    found = by_group(values, ["all"] * 60)
+    assert found.excess.abs().max() < 1e-9 and found.margin.abs().max() < 1e-9
+
+
+def test_missing_values_of_any_kind_are_one_group(values):
+    missing = [None, float("nan"), pd.NA, "", pd.NaT]
+    assert by_group(values, [*missing, *["x"] * 55]).names == [NONE, "x"]
 
 
 def test_columns_of_our_names(values):

@@ -63,11 +63,23 @@ def test_a_damaged_file_is_not_filed(digits, tmp_path):
     assert not (tmp_path / "r.html").exists()
 
 
+def test_where_it_cannot_be_written(store, digits, tmp_path):
+    class Slow(DMin):
+        def influence(self, *_, **__): raise AssertionError("asked before the place was looked at")
+
+    with pytest.raises(IsADirectoryError, match="is a folder"):
+        report(store, digits.select([0]), [Slow(store)], path=tmp_path)
+
+
 def test_what_cannot_be(store, digits):
     with pytest.raises(ValueError, match="two methods have one name"):
         report(store, digits.select([0]), [DMin(store), DMin(store)])
     class Slow(DMin):
         def influence(self, *_, **__): raise AssertionError("asked before all was checked")
 
+    backwards = digits.select(range(len(digits) - 1, -1, -1))
+    for others in (digits.select(range(12)), backwards):   # their rows are other pictures
+        with pytest.raises(ValueError, match="Raw pixels ranks .* other training samples than those of"):
+            report(store, digits.select([0]), [DMin(store), RawPixels(others)], k=3)
     for wrong, said in ((dict(by=["artist"]), "no such column"), (dict(k=41), "k=41"), (dict(by="label"), "a list")):
         with pytest.raises(ValueError, match=said): report(store, digits.select([0]), [Slow(store)], **wrong)

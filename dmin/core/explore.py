@@ -15,8 +15,9 @@ import anywidget
 import torch
 import traitlets
 
-from .answers import caption, known_columns
+from .answers import caption, captioned, in_few, known_columns, with_free_names
 from .checks import timestep_weights, whole
+from .images import same_images
 from .show import attribution_html, picture, Strip
 
 # %% ../../nbs/core/13_explore.ipynb #553a7786
@@ -73,20 +74,21 @@ def _order(scores, chosen: dict, column) -> _Order:   # column: the text of a co
     return _Order(rows[:chosen["k"]].tolist(), values)
 
 # %% ../../nbs/core/13_explore.ipynb #45019a14
-def _item(samples, order: _Order, row: int) -> dict:
-    sample = samples[row]
-    about = {"row": row, "score": f"{order.values[row]:+.3f}", "caption": caption(sample, samples)}
-    return about | _picture(sample["image"], 96)
+def _item(samples, words, order: _Order, row: int) -> dict:   # words: see `captioned`
+    about = {"row": row, "score": in_few(float(order.values[row])), "caption": caption(words[row], words)}
+    return about | _picture(samples[row]["image"], 96)
 
 
 def _large(samples, scores, order: _Order, chosen: dict) -> dict:
     """One sample with all that is known of it."""
     row = chosen["large"]
     known = {name: str(column[0]) for name, column in known_columns(samples, [row]).items()}
-    rank = int((order.values > order.values[row]).sum()) + 1
+    values = order.values   # equal ones keep the samples' order
+    rank = int((values > values[row]).sum() + (values[:row] == values[row]).sum()) + 1
     parts = [] if scores.timesteps is None else scores.per_timestep[chosen["query"], row].tolist()
     steps = [[t, x * scores.scale] for t, x in zip(scores.timesteps or [], parts)]
-    facts = {"row": str(row), "rank of all": str(rank), "score": f"{order.values[row]:+.4f}"} | known
+    facts = {"row": str(row), "rank of all": str(rank), "score": in_few(float(values[row]), 4)}
+    facts |= with_free_names(known, {*facts})
     return _picture(samples[row]["image"], 384) | {"facts": list(facts.items()), "parts": steps}
 
 # %% ../../nbs/core/13_explore.ipynb #e4c2a070
@@ -312,8 +314,11 @@ def _same_questions(methods: "Mapping[str, object]") -> None:
             raise ValueError(
                 f"{name!r} has scores of {found[0]} queries and {found[1]} samples, the others of {size[0]}"
                 f" and {size[1]}: ask every method about the same images")
-        if not scores.per_timestep.isfinite().all():
-            raise ValueError(f"{name!r} has scores that are not finite: they have no order")
+        for what in ("queries", "samples"):
+            if (its := getattr(scores, what)) is None or same_images(getattr(first, what), its): continue
+            raise ValueError(
+                f"{name!r} has scores of other {what}: ask every method about the same images, and give each"
+                " the same training samples in one order")
 
 # %% ../../nbs/core/13_explore.ipynb #b8f147a6
 def _checked(chosen: dict, about: dict) -> dict:
@@ -349,6 +354,7 @@ class Explorer(anywidget.AnyWidget):
         _same_questions(methods)
         self.methods, about, first = dict(methods), _about(methods), next(iter(methods.values()))
         self.samples, self.queries, self._columns = first.samples, first.queries, {}
+        self._words, self._asked = (captioned(x, "subset") for x in (first.samples, first.queries))
         about["most"] = max(about["most"], min(k, len(self.samples)))
         start = {"query": 0, "method": about["methods"][0], "end": "top", "k": k, "weights": None}
         start |= {"only": None, "large": None}
@@ -376,9 +382,10 @@ class Explorer(anywidget.AnyWidget):
             self.shown = shown | {"about": str(e)}
             return
         end = "most influential" if chosen["end"] == "top" else "lowest scores"
-        about = f"query {chosen['query']}  {caption(query, self.queries)}".strip()
+        said = caption(self._asked[chosen["query"]], self._asked)
+        about = f"query {chosen['query']}  {said}".strip()
         if chosen["large"] is not None: shown["large"] = _large(self.samples, scores, order, chosen)
-        shown["samples"] = [_item(self.samples, order, row) for row in order.rows]
+        shown["samples"] = [_item(self.samples, self._words, order, row) for row in order.rows]
         self.shown = shown | {"about": f"{about} · {chosen['method']}: {end}"}
 
     def static(self) -> str:

@@ -14,7 +14,7 @@ from functools import cached_property
 import torch
 from scipy.stats import t as student
 
-from .answers import Answer, chosen, known_columns, with_free_names
+from .answers import Answer, chosen, in_few, known_columns, with_free_names
 from .checks import whole
 from .show import attribution_html, Strip
 
@@ -38,7 +38,12 @@ def group_names(groups: str | Sequence, samples, n: int) -> list[str]:   # (n,)
     if len(groups := list(groups)) != n:
         raise ValueError(f"{len(groups)} groups for {n} training samples: one a sample is needed")
     groups = [x.item() if hasattr(x, "item") else x for x in groups]   # of tensors and arrays
-    return [NONE if x is None or x == "" or x != x else str(x) for x in groups]
+    return [NONE if _is_missing(x) else str(x) for x in groups]
+
+
+def _is_missing(x) -> bool:
+    try: return x is None or x == "" or bool(x != x)
+    except TypeError: return True   # pandas.NA says neither
 
 # %% ../../nbs/core/14_groups.ipynb #8f86c405
 def _sums(values: torch.Tensor, member: torch.Tensor, n: int) -> torch.Tensor:   # (q, n_groups) float64
@@ -75,13 +80,13 @@ class Groups(Answer):
 
     @cached_property
     def margin(self) -> torch.Tensor:   # (n_queries, n_groups) float64
-        """Half of the excess' 95 % interval, Student's, from the spread of a group's samples; nan for fewer
-        than five, which say little of their spread, and nothing where they are copies.
+        """Half of the excess' 95 % interval, Student's, from the spread of a group's samples, as if drawn
+        from all; nan for fewer than five, which say little of it, and nothing where they are copies.
         """
-        n = self.sizes.double()
+        n, rest = self.sizes.double(), 1 - self.sizes.double() / len(self.member)
         spread = _sums(self.values.double() ** 2, self.member, len(n)) - self.sums ** 2 / n
         quantile = torch.from_numpy(student.ppf(.975, (n - 1).clamp(min=1).numpy()))
-        return (quantile * (spread.clamp(min=0) / (n - 1) * n).sqrt()).where(n >= FEW, torch.nan)
+        return (quantile * (spread.clamp(min=0) / (n - 1) * n * rest).sqrt()).where(n >= FEW, torch.nan)
 
     @cached_property
     def found(self) -> torch.Tensor:    # (n_queries, n_groups) int64
@@ -163,7 +168,7 @@ def _strips(groups: Groups, q: int, most: int) -> list[Strip]:
         images = [groups.samples[i]["image"] for i in rows]
         query = None if strips else groups.queries[q]["image"]
         heading = _in_words(groups, q, line).split(" · ", 1)[1]
-        titles = [f"{values[i]:+.3f}\nrow {i}" for i in rows]
+        titles = [f"{in_few(float(values[i]))}\nrow {i}" for i in rows]
         strips.append(Strip(query, f"query {q}", images, titles, heading))
     return strips
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['copied_upright', 'check_eight_bits', 'to_rgb', 'height_and_width', 'resized', 'cropped', 'as_samples', 'read_images',
-           'images_to_tensor', 'tensor_to_images', 'sample_ids', 'query_key', 'column_digests']
+           'images_to_tensor', 'tensor_to_images', 'sample_ids', 'query_key', 'same_images', 'column_digests']
 
 # %% ../../nbs/core/03_images.ipynb #e84d368f
 import hashlib
@@ -367,6 +367,17 @@ def query_key(queries) -> list:
     others = [c for c in sorted(samples.column_names) if c not in ("image", "prompt")]
     ids = sample_ids(samples, "query")   # an image that cannot be read is named
     return [ids, {c: [_comparable(x) for x in samples[c]] for c in others}]
+
+
+def same_images(some, others) -> bool:
+    """Whether two data sets have the same pictures, row by row. Decodes them only where files differ."""
+    if some is others: return True
+    if len(some) != len(others): return False
+    images = [x.select_columns(["image"]) for x in (some, others)]
+    pairs = zip(*(x.with_format("arrow").iter(1000) for x in images))
+    if all(a["image"].equals(b["image"]) for a, b in pairs): return True
+    ids = [sample_ids(x) for x in images]
+    return ids[0] == ids[1]
 
 # %% ../../nbs/core/03_images.ipynb #3afdfd11
 def _class_name(names: list[str], value: int | None):

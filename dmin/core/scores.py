@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import torch
 
-from .answers import Answer, caption, captioned, chosen, known_columns, with_free_names
+from .answers import Answer, caption, captioned, chosen, in_few, known_columns, with_free_names
 from .checks import timestep_weights, whole
 from .dtypes import columns
 from .gradients import Gradients
@@ -38,27 +38,36 @@ def _heading(ranking: "Ranking", q: int, mark: str) -> str:
     return f"{ranking.heading} · {about}".removeprefix(" · ")
 
 # %% ../../nbs/core/14_scores.ipynb #cbeedd67
-def _strip(ranking: "Ranking", part: "Ranking", q: int, query: dict) -> Strip:
-    """A query's training images by one of the rankings that are shown together; the first shows the query."""
-    samples, titles = [ranking.samples[int(i)] for i in part.rows[q]], []
-    for rank, (row, score, sample) in enumerate(zip(part.rows[q], part.scores[q], samples), 1):
-        lines = [f"{rank}  {score:+.3f}", f"row {row}", caption(sample, ranking.samples)]
+def _titles(part: "Ranking", q: int, words) -> list[str]:   # words: see `captioned`
+    """What stands below each of a query's training images."""
+    titles = []
+    for rank, (row, score) in enumerate(zip(part.rows[q].tolist(), part.scores[q].tolist()), 1):
+        lines = [f"{rank}  {in_few(score)}", f"row {row}", caption(words[row], words)]
         if part.ranks is not None: lines.insert(2, _rank_range(part.ranks[q, rank - 1]))
         titles.append("\n".join(lines))
-    images, heading = [sample["image"] for sample in samples], _heading(part, q, "framed")
-    marked = None if part.ranks is None else part.stable[q].tolist()
-    if part is not ranking: return Strip(None, "", images, titles, heading, marked)
-    about = f"query {q}\n{caption(query, ranking.queries)}".strip()
-    return Strip(query["image"], about, images, titles, heading, marked)
+    return titles
+
+
+def _strips(ranking: "Ranking"):
+    """Query by query, of each of the rankings that are shown together; the first shows the query."""
+    samples, words = ranking.samples, captioned(ranking.samples, "subset")
+    asked = captioned(ranking.queries, "subset")
+    for q, query in enumerate(ranking.queries):
+        about = f"query {q}\n{caption(asked[q], asked)}".strip()
+        for part in (ranking, *ranking.shown_with):
+            images = [samples[row]["image"] for row in part.rows[q].tolist()]
+            marked = None if part.ranks is None else part.stable[q].tolist()
+            shown = (query["image"], about) if part is ranking else (None, "")
+            yield Strip(*shown, images, _titles(part, q, words), _heading(part, q, "framed"), marked)
 
 # %% ../../nbs/core/14_scores.ipynb #2542c759
 def _line(part: "Ranking", q: int, rank: int, said: str) -> str:
     """One training sample of a ranking as text."""
-    i, score, mark, ranks = int(part.rows[q, rank]), part.scores[q, rank], " ", ""
+    i, score, mark, ranks = int(part.rows[q, rank]), in_few(float(part.scores[q, rank]), 4), " ", ""
     if part.ranks is not None:
         mark = "*" if part.stable[q, rank] else " "
         ranks = f"   {_rank_range(part.ranks[q, rank]):14}"
-    return f"{mark}{rank + 1:3}. sample {i:5}   {score:+.4f}{ranks}   {said}".rstrip()
+    return f"{mark}{rank + 1:3}. sample {i:5}   {score}{ranks}   {said}".rstrip()
 
 
 def _lines(ranking: "Ranking"):
@@ -105,6 +114,7 @@ class Ranking(Answer):
     shown_with: "tuple[Ranking, ...]" = ()
     ranks: torch.Tensor | None = None   # (n_queries, k, seeds) from 1: each sample's, by each seed's scores
     source: "Scores | None" = None      # what it ranks, if all of it is known
+    lowest: bool = False    # whether the lowest scores come first
 
     @property
     def stable(self) -> torch.Tensor | None:   # (n_queries, k) bool
@@ -112,8 +122,15 @@ class Ranking(Answer):
         return None if self.ranks is None else (self.ranks <= self.rows.shape[1]).all(2)
 
     def __add__(self, other: "Ranking") -> "Ranking":
-        """Both, to be shown together: a query's proponents, then its opponents."""
-        return replace(self, shown_with=(*self.shown_with, other))
+        """Both, to be shown together: a query's proponents, then its opponents.
+
+        Raises `ValueError` for another number of queries.
+        """
+        if len(self) != len(other):
+            raise ValueError(
+                f"rankings for {len(self)} and {len(other)} queries cannot be shown together: take those of"
+                " the same queries, such as ranking[:2]")
+        return replace(self, shown_with=(*self.shown_with, replace(other, shown_with=()), *other.shown_with))
 
     def strips(self) -> list[Strip]:
         """What is drawn, query by query. Raises `ValueError` when the images are not known."""
@@ -121,9 +138,7 @@ class Ranking(Answer):
             raise ValueError(_NO_SAMPLES)
         if self.queries is None:
             raise ValueError(_NO_QUERIES)
-        strips, parts = [], (self, *self.shown_with)
-        for q, query in enumerate(self.queries): strips += [_strip(self, part, q, query) for part in parts]
-        return strips
+        return list(_strips(self))
 
     def figure(self):
         """A matplotlib figure: each query, then its training images with rank, score and label."""
@@ -151,7 +166,9 @@ class Ranking(Answer):
         """`Scores.explore` of what it ranks. Raises `ValueError` when only what it found is known."""
         if self.source is None:
             raise ValueError("only the samples found are known: ask for store.influence(images).explore()")
-        return self.source.explore(others, name, self.rows.shape[1])
+        explorer = self.source.explore(others, name, self.rows.shape[1])
+        if self.lowest: explorer.chosen = explorer.chosen | {"end": "bottom"}
+        return explorer
 
     def body(self, most: int | None = None) -> str:
         """As HTML, of at most so many queries."""
@@ -163,6 +180,14 @@ class Ranking(Answer):
     def _repr_html_(self) -> str: return self.body(_SHOWN)
 
     def __repr__(self) -> str: return "\n".join(_lines(self))
+
+# %% ../../nbs/core/14_scores.ipynb #0ae10ede
+def _check_finite(parts: torch.Tensor) -> None:   # (n_queries, n_train, T)
+    if parts.isfinite().all(): return
+    q, i, _ = (~parts.isfinite()).nonzero()[0].tolist()
+    raise ValueError(
+        f"the score of training sample {i} for query {q} has the parts {parts[q, i].tolist()}: what is not"
+        " finite has no rank. Look at the method's gradients, and its damping")
 
 # %% ../../nbs/core/14_scores.ipynb #e4cd3074
 @dataclass(repr=False)
@@ -178,6 +203,8 @@ class Scores(Answer):
     weights: torch.Tensor | None = None   # (T,); None: 1 each
     scale: float = 1.0                    # e times mean learning rate of Eq. 5
     repeats: "tuple[Scores, ...]" = ()    # of each seed, where these are a mean: see `averaged`
+
+    def __post_init__(self): _check_finite(self.per_timestep)
 
     @property
     def values(self) -> torch.Tensor:     # (n_queries, n_train)
@@ -235,10 +262,13 @@ class Scores(Answer):
     ):                                                  # an Explorer
         """To look around in: queries, methods, weights of timesteps, groups, single pictures.
 
-        Raises `ValueError` when images are not known, or others' scores are of other queries or samples.
+        Raises `ValueError` when images are not known, or others' scores are of other queries or samples or
+        have the name of these.
         """
         from dmin.core.explore import Explorer
-        return Explorer({name: self} | dict(others or {}), k)
+        if name in (others := dict(others or {})):
+            raise ValueError(f"two methods are called {name!r}: name=… gives the first another name")
+        return Explorer({name: self} | others, min(k, self.per_timestep.shape[1]))
 
     @property
     def heading(self) -> str: return repr(self)
@@ -283,7 +313,7 @@ def _ranked(scores: Scores, k: int, heading: str, largest: bool) -> Ranking:
     ranks = [x.ranks(largest).gather(1, rows) for x in scores.repeats]
     return Ranking(
         rows, order.values[:, :k], heading, scores.queries, scores.samples,
-        ranks=torch.stack(ranks, 2) if ranks else None, source=scores)
+        ranks=torch.stack(ranks, 2) if ranks else None, source=scores, lowest=not largest)
 
 # %% ../../nbs/core/14_scores.ipynb #0f50169e
 def _recipe(scores: Scores) -> dict:

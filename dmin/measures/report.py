@@ -13,10 +13,10 @@ from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
-from ..core.answers import page, written
+from ..core.answers import page, place_for, written
 from ..core.checks import whole
 from ..core.groups import group_names
-from ..core.images import as_samples
+from ..core.images import as_samples, same_images
 from ..core.runtime import machine
 from ..core.scores import Attributor, Scores
 from ..core.shards import ids_digest
@@ -99,6 +99,17 @@ def _distinct_names(methods: Sequence[Attributor]) -> list[str]:
     if len(set(names)) == len(names): return names
     raise ValueError(f"two methods have one name: {', '.join(names)}. Give one another, method.name = …")
 
+# %% ../../nbs/measures/10_report.ipynb #0bfeba37
+def _of_the_store(scores: dict[str, Scores], store: Store) -> dict[str, Scores]:
+    """The scores with the store's samples, which are shown. Raises `ValueError` for those of others."""
+    for name, found in scores.items():
+        its, n = found.samples, found.per_timestep.shape[1]
+        if n != len(store) or its is not None and not same_images(store.training_samples, its):
+            raise ValueError(
+                f"{name} ranks {n} other training samples than those of {store.folder}, in their order: give"
+                " every method the store's own, store.samples")
+    return {name: replace(found, samples=store.samples) for name, found in scores.items()}
+
 # %% ../../nbs/measures/10_report.ipynb #9da7602b
 def report(
     store: Store,                    # open, with its pipeline and its training samples
@@ -111,17 +122,18 @@ def report(
     """A page: each query with the first `k` of each method, how far they agree, groups, and all that it was
     computed from.
 
-    Reads the stores' files once to verify them. Raises `ValueError` for a damaged file, methods of one name,
-    and what the methods raise.
+    Reads the stores' files once to verify them. Raises `ValueError` for a damaged file, methods of one name
+    or of other training samples, `OSError` where the page cannot be written, and what the methods raise.
     """
     methods, start = list(methods) or [DMin(store)], time.perf_counter()
+    if path is not None: place_for(path)   # hours later would be late to hear of it
     names, images = _distinct_names(methods), as_samples(images)
     k = min(10, len(store)) if k is None else k
     _check_asked(store, k, by)
     stores = _stores_of([store, *methods])
     for each in stores: each.verify(anew=True)
     scores = {name: method.influence(images) for name, method in zip(names, methods)}
-    for name in scores: scores[name] = replace(scores[name], samples=scores[name].samples or store.samples)
+    scores = _of_the_store(scores, store)
     took = time.perf_counter() - start
     parts = [_OPENING, *_rankings(scores, k)]
     if len(scores) > 1: parts += ["<h2>Agreement</h2>", _agreement(scores, k)._repr_html_()]
