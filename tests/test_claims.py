@@ -231,3 +231,13 @@ def test_two_processes_share_a_paper_notebook(tmp_path):
         True
     } and "2 processes, share of the first" in done.stderr
     assert (tmp_path / "results" / "smoke" / "figure_5.json").exists()
+
+
+def test_a_notebook_that_failed_is_not_as_shipped(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    from run_paper import shipped, summary
+    of_1, of_2 = shipped("table_1", "mini"), shipped("table_2", "mini")
+    done = {
+        "table_1": {"ok": True, "seconds": 9., "claims": of_1}, "table_2": {"ok": False, "seconds": 2., "claims": []}}
+    text = summary(done, "mini", "a machine")
+    assert of_2 and "**failed**" in text and f"As shipped: {len(of_1)} of {len(of_1) + len(of_2)}\n" in text

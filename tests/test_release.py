@@ -117,19 +117,33 @@ def holding(root, word): return [str(p.relative_to(root)) for p in files(root) i
 
 
 def test_one_command_sets_the_address_everywhere(copied):
-    places = holding(copied, PLACEHOLDER)
-    assert {"settings.ini", "pyproject.toml", "CITATION.cff", "dmin/_modidx.py"} < {*places}
+    known = settings(copied)["git_url"]   # a placeholder, or where it was published
+    assert {"settings.ini", "pyproject.toml", "CITATION.cff", "dmin/_modidx.py"} < {*holding(copied, known)}
     chosen = dict(
         git_url=f"https://github.com/{CAROL}/attribution", site=f"https://{CAROL}.example/docs", author="Carol",
         email=f"{CAROL}@example.com")  # fmt: skip
     set_address(copied, **chosen)
-    assert holding(copied, PLACEHOLDER) == [] and stale(copied) == {}
+    assert holding(copied, PLACEHOLDER) == holding(copied, known) == [] and stale(copied) == {}
     quickstart = nbformat.read(copied / "nbs" / "tutorials" / "quickstart.ipynb", as_version=4)
     assert f"colab.research.google.com/github/{CAROL}/attribution/blob/main/nbs/tutorials/" in quickstart.cells[1].source
     set_address(copied, **chosen | {"git_url": "https://github.com/bob/dmin", "site": "https://bob.example"})
     set_address(copied, git_url="", site="https://bob.example/pages", author="", email="")
     for name in ("pyproject.toml", "CITATION.cff"): assert "https://bob.example/pages" in (copied / name).read_text()
     assert holding(copied, f"{CAROL}/") == holding(copied, f"{CAROL}.example/docs") == []
+
+
+def test_once_it_is_published_no_placeholder_is_left():
+    if PLACEHOLDER not in settings(ROOT)["git_url"]: assert holding(ROOT, PLACEHOLDER) == []
+
+
+@pytest.mark.parametrize("wrong", [
+    ("--git-url", "github.com/dave/dmin"), ("--git-url", "https://github.com/dave"), ("--email", "carol"),
+    ("--author", 'Carol "C" Smith'), ("--author", "Carol: and others"), ("--site", "https://x.example/?a=1")])
+def test_what_no_file_could_hold_is_refused(copied, wrong):
+    found = subprocess.run(
+        [sys.executable, "tools/set_address.py", *wrong], cwd=copied, capture_output=True, text=True)
+    changed = subprocess.run(["git", "diff", "--name-only"], cwd=copied, capture_output=True, text=True).stdout
+    assert found.returncode == 2 and "expected" in found.stderr and changed == ""
 
 
 def test_first_cells_install_this_version():

@@ -40,11 +40,15 @@ def digest(notebook: Path) -> str:
     return found.hexdigest()[:16]
 
 
+def shipped(name: str, preset: str) -> list[dict]:
+    """A notebook's judged parts as they are shipped for a preset; none for one that has no results."""
+    path = ROOT / "results" / preset / f"{name}.json"
+    return json.loads(path.read_text())["result"]["claims"] if path.exists() else []
+
+
 def compared(name: str, claims: list[dict], preset: str) -> list[tuple[dict, str]]:
     """A notebook's judged parts, and for each what the shipped run of this preset says of it."""
-    path = ROOT / "results" / preset / f"{name}.json"
-    shipped = json.loads(path.read_text())["result"]["claims"] if path.exists() else []
-    status = {c["text"]: c["status"] for c in shipped}
+    status = {c["text"]: c["status"] for c in shipped(name, preset)}
     return [(c, status.get(c["text"], "")) for c in claims]
 
 
@@ -54,10 +58,12 @@ def summary(done: dict, preset: str, about: str) -> str:
     lines += ["| notebook | seconds | part | measured | judged | as shipped |", "|---|---|---|---|---|---|"]
     same = known = 0
     for name, entry in done.items():
-        if not entry["ok"]: lines.append(f"| {name} | {entry['seconds']:.0f} | **failed** | | | |")
-        for c, shipped in compared(name, entry["claims"], preset):
-            known, same = known + bool(shipped), same + (shipped == c["status"])
-            agree = "" if not shipped else "yes" if shipped == c["status"] else f"**{shipped}**"
+        if not entry["ok"]:
+            lines.append(f"| {name} | {entry['seconds']:.0f} | **failed** | | | |")
+            known += len(shipped(name, preset))
+        for c, before in compared(name, entry["claims"], preset):
+            known, same = known + bool(before), same + (before == c["status"])
+            agree = "" if not before else "yes" if before == c["status"] else f"**{before}**"
             cells = (name, f"{entry['seconds']:.0f}", c["text"], c["measured"], c["status"], agree)
             lines.append("| " + " | ".join(x.replace("|", "\\|") for x in cells) + " |")
     statuses = [c["status"] for entry in done.values() for c in entry["claims"]]

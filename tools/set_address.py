@@ -7,6 +7,7 @@ python tools/set_address.py --author "Alice and others" --email alice@example.co
 What is not named stays. The address that is replaced is the one in settings.ini, so it can be set again.
 """
 import argparse
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,12 @@ from first_cells import main as write_first_cells
 from first_cells import settings
 
 ROOT = Path(__file__).resolve().parents[1]
+# What each may be: it goes into TOML, YAML, INI and HTML as it is.
+FORMS = {
+    "git_url": (r"https?://[\w.:-]+(/[\w.-]+){2,}", "https://github.com/who/name"),
+    "site": (r"https?://[\w.:-]+(/[\w.~-]+)*", "https://…, without a question mark"),
+    "author": (r"[\w .,'&()-]+", "letters, spaces and . , ' & ( ) - only"),
+    "email": (r"[\w.+-]+@[\w.-]+", "name@place")}
 
 
 def files(root: Path) -> list[Path]:
@@ -73,12 +80,12 @@ def main() -> int:
     parser.add_argument("--email", default="")
     args = parser.parse_args()
     if not any(vars(args).values()): parser.error("nothing to set: name one or more of the options")
-    for name in ("git_url", "site"):
-        value = getattr(args, name).rstrip("/")
-        if name == "git_url" and value and not value.startswith("https://github.com/"):
-            print(f"{value} is not on GitHub, from where alone Colab opens notebooks: the badges lead nowhere")
-        if value and not urlsplit(value).scheme: parser.error(f"{value!r} is no address: https://… is expected")
-        setattr(args, name, value)
+    args.git_url, args.site = args.git_url.rstrip("/").removesuffix(".git"), args.site.rstrip("/")
+    for name, (form, expected) in FORMS.items():
+        if (value := getattr(args, name)) and not re.fullmatch(form, value):
+            parser.error(f"--{name.replace('_', '-')} {value!r}: expected {expected}")
+    if args.git_url and not args.git_url.startswith("https://github.com/"):
+        print(f"{args.git_url} is not on GitHub, from where alone Colab opens notebooks: the badges lead nowhere")
     for path in set_address(ROOT, **vars(args)): print(path.relative_to(ROOT))
     return 0
 
