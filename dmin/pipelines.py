@@ -105,6 +105,8 @@ def locate_pipeline(name: str) -> str:
         raise FileNotFoundError(
             f"{folder} holds no pipeline: it has no model_index.json, which save_pretrained writes")
     if re.fullmatch(r"[\w.-]+/[\w.-]+", name): return name
+    if folder.is_absolute() or name.startswith((".", "~")) or len(folder.parts) > 1:
+        raise FileNotFoundError(f"there is no folder {name}")
     raise ValueError(
         f"unknown pipeline {name!r}: give a folder, a Hub id (owner/name), or one of {', '.join(PIPELINES)}")
 
@@ -321,6 +323,11 @@ def _options(pipe, sample: Callable) -> set[str]:
     own = {"prompt", "generator", "num_inference_steps", "height", "width"}   # of which it sees itself
     return names | {"size"} | signature(pipe.__call__).parameters.keys() - own
 
+# %% ../nbs/01_pipelines.ipynb #e9e0ceef
+def _check_generate(pipe, family, options: dict) -> None:
+    own = f"; and generate takes {', '.join(generate.__kwdefaults__)}"
+    check_options(f"generating by {type(pipe).__name__}", options, _options(pipe, family.sample), own)
+
 # %% ../nbs/01_pipelines.ipynb #2d8003b7
 def generate(
     pipe,                           # a diffusers pipeline of a known family
@@ -338,7 +345,7 @@ def generate(
     the other way round; `TypeError` for a pipeline of no known family, or an option that it does not have.
     """
     family, (n, conditions) = _sampled_family(pipe), _conditions(pipe, prompts_or_n)
-    check_options(f"generating by {type(pipe).__name__}", options, _options(pipe, family.sample))
+    _check_generate(pipe, family, options)
     seeds, steps, batch_size = _sampling(pipe, family, n, seed, steps, batch_size)
     images = []
     with bar(total=n, desc="generate", unit="image", disable=not progress) as done:

@@ -27,7 +27,7 @@ from .core.checks import absolute_folder, check_options, finite, one_of, whole, 
 from .core.files import (
     damaged, locked, read_json, read_tensors, remove_leftovers, storing, write_folder, write_tensors)
 from .core.images import as_samples, sample_ids
-from .core.objective import network, Objective
+from .core.objective import network, note_tuning, Objective
 from .core.registry import make_objective
 from .core.runtime import bar, data_folder, quiet_libraries
 from .lora import write_lora
@@ -528,7 +528,7 @@ def finetune(
     options |= dict(settings=dict(dataset=digest, model=_model_digest(objective)), accelerator=accelerator)
     objective.model.requires_grad_(False).train()
     try: return fit(objective.parameters, len(dataset), batch, loss, folder=folder, **options)
-    finally: objective.model.eval()
+    finally: note_tuning(objective.model.eval(), objective)
 
 # %% ../nbs/02_training.ipynb #0034c10b
 @torch.no_grad()

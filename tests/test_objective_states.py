@@ -9,10 +9,11 @@ from peft import LoraConfig
 from PIL import Image
 from test_text_to_image import small
 
-from dmin import collect, load_mixture, make_objective
+from dmin import collect, finetune, generate, load_mixture, make_objective
 from dmin.lora import add_lora
 from dmin.pipelines import network
 from dmin.families.latent import train_tokenizer
+from dmin.methods.squared import Removal
 
 
 @pytest.fixture(scope="module")
@@ -107,6 +108,41 @@ def test_images_of_more_than_8_bits(family, mode, tokenizer, mixture, tmp_path):
     with pytest.raises(ValueError, match=f"sample 4 has mode {mode}"):
         collect(pipe, rows, tmp_path / "other", v=16, timesteps=1, progress=False)
     assert not (tmp_path / "other").exists()
+
+
+@pytest.fixture
+def tall(mixture): return [{"image": x["image"].resize((32, 48)), "prompt": x["prompt"]} for x in mixture]
+
+
+def test_gradients_at_other_pictures_than_those_of_the_tuning(tokenizer, tall, tmp_path):
+    """Tuned on squashed pictures and attributed at cropped ones, or the other way round: it is said."""
+    recipe, some = dict(v=16, timesteps=1, progress=False), dict(steps=1, batch_size=2, progress=False)
+    pipe = small("sd", tokenizer, lora=True)
+    finetune(make_objective(pipe, resize="crop"), tall, **some)
+    with pytest.warns(UserWarning, match="resize='squash', not 'crop' as in finetune: at other pictures"):
+        collect(pipe, tall, tmp_path / "squashed", resize="squash", **recipe)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        collect(pipe, tall, tmp_path / "cropped", resize="crop", **recipe)
+
+
+def test_two_stores_of_other_pictures_do_not_fit(tokenizer, tall, tmp_path):
+    pipe, recipe = small("sd", tokenizer, lora=True), dict(v=16, timesteps=1, progress=False)
+    loss = collect(pipe, tall, tmp_path / "loss", resize="crop", **recipe)
+    stores = {
+        way: collect(make_objective(pipe, output="average", resize=way), tall, tmp_path / way, **recipe)
+        for way in ("squash", "crop")}
+    with pytest.raises(ValueError, match="the first has the options resize='crop', the second none"):
+        Removal(loss, stores["squash"])
+    Removal(loss, stores["crop"])
+
+
+def test_options_that_nobody_has_are_told_with_all_that_there_are(tokenizer, mixture, tmp_path):
+    pipe = small("sd", tokenizer, lora=True)
+    with pytest.raises(TypeError, match="no option batchsize: it takes .*resize.*; and collect takes .*batch_size"):
+        collect(pipe, mixture, tmp_path / "s", batchsize=3)
+    with pytest.raises(TypeError, match="no option num_images: it takes .*; and generate takes seed, steps"):
+        generate(pipe, "a rose", num_images=3)
 
 
 def test_prompts_that_are_cut(mixture):

@@ -82,7 +82,7 @@ LONG = {
     "finetune": 34,
     "generate": 26,
     "sample_gradients": 39,
-    "collect": 55,
+    "collect": 56,
     "report": 31,
     "counterfactual": 28,
     # configurations of tiny models

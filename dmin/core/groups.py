@@ -14,7 +14,7 @@ from functools import cached_property
 import torch
 from scipy.stats import t as student
 
-from .answers import Answer, chosen, in_few, known_columns, with_free_names
+from .answers import Answer, caption, captioned, chosen, in_few, known_columns, with_free_names
 from .checks import whole
 from .show import attribution_html, Strip
 
@@ -156,20 +156,22 @@ def _in_words(groups: Groups, q: int, line: dict) -> str:
     interval = f" [{line['low']:+.3g}, {line['high']:+.3g}]" if known else ""
     first = line[f"of the first {groups.k}"]
     return (f"query {q} · {line['rank']:2}. {line[_column(groups)]}: excess {line['excess']:+.3g}{interval}, "
-            f"{line['samples']} samples, {first} of the first {groups.k}")
+            f"{line['samples']} sample{'s' * (line['samples'] != 1)}, {first} of the first {groups.k}")
 
 # %% ../../nbs/core/14_groups.ipynb #4b81f058
 def _strips(groups: Groups, q: int, most: int) -> list[Strip]:
     """A query's first groups, each with its five strongest samples."""
     strips, values = [], groups.values[q]
+    words, asked = (captioned(x, "subset") for x in (groups.samples, groups.queries))
+    about = f"query {q}\n{caption(asked[q], asked)}".strip()
     for line, g in list(zip(_lines(groups, q), groups.order(q)))[:most]:
         rows = (groups.member == g).nonzero()[:, 0]
         rows = rows[values[rows].argsort(descending=True, stable=True)[:5]].tolist()
         images = [groups.samples[i]["image"] for i in rows]
         query = None if strips else groups.queries[q]["image"]
         heading = _in_words(groups, q, line).split(" · ", 1)[1]
-        titles = [f"{in_few(float(values[i]))}\nrow {i}" for i in rows]
-        strips.append(Strip(query, f"query {q}", images, titles, heading))
+        titles = [f"{in_few(float(values[i]))}\nrow {i}\n{caption(words[i], words)}".strip() for i in rows]
+        strips.append(Strip(query, "" if query is None else about, images, titles, heading))
     return strips
 
 # %% ../../nbs/core/14_groups.ipynb #a181bb06
@@ -191,7 +193,8 @@ def _bars(groups: Groups, most: int):
         ax.set_title(f"query {q}: {groups.heading.lower()}", fontsize=9, loc="left")
         ax.tick_params(labelsize=8)
         ax.spines[["top", "right"]].set_visible(False)
-    axes[-1, 0].set_xlabel("summed scores above as many average samples', 95 % interval", fontsize=8)
+    few = f"95 % interval from {FEW} samples on"
+    axes[-1, 0].set_xlabel(f"excess: summed scores above as many average samples'; {few}", fontsize=8)
     return fig
 
 # %% ../../nbs/core/14_groups.ipynb #85021cf7

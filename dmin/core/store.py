@@ -20,7 +20,7 @@ from .files import read_json, remove_leftovers, write_atomically
 from .gradients import Gradients, Kept, sample_gradients
 from .images import as_samples, column_digests, query_key, sample_ids
 from .index import build_index, Index, open_index
-from .objective import Objective
+from .objective import Objective, watch_tuning
 from .regions import fade_outside, one_region_each
 from .ranks import Ranks
 from .registry import make_objective
@@ -374,9 +374,9 @@ def _about_samples(stored: list[str], given: list[str]) -> str:
     if stored == given: return ""
     if stored[:len(given)] == given:
         return (
-            f". It has these samples and {len(stored) - len(given)} that were added later: pass all of them,"
-            " datasets.concatenate_datasets([samples, added]), or open it with open_store(folder, pipe,"
-            " samples), which computes nothing")
+            f". It has these samples and {len(stored) - len(given)} more: pass all of them, such as"
+            " datasets.concatenate_datasets([samples, added]), here, or to open_store with the same options,"
+            " which computes nothing")
     return ". To append new samples, use store.add(samples)" if given[:len(stored)] == stored else ""
 
 # %% ../../nbs/core/17_store.ipynb #8f3e307b
@@ -419,6 +419,15 @@ def _watch_columns(store: Store, samples) -> None:
             f"{' and '.join(changed)} of the samples are not what they were when {store.folder} was"
             " collected: scores do not depend on them, but what is shown and detection rates do")
 
+# %% ../../nbs/core/17_store.ipynb #611ce6b6
+def _chosen_objective(pipe, parameters, options: dict) -> Objective:
+    """`make_objective`, whose error for an unknown option names those of `collect`, too."""
+    try: return make_objective(pipe, parameters, **options)
+    except TypeError as e:
+        if "has no option" not in str(e):
+            raise
+        raise TypeError(f"{e}; and collect takes {', '.join(collect.__kwdefaults__)}") from None
+
 # %% ../../nbs/core/17_store.ipynb #ef21a4a9
 def collect(
     pipe,                              # a pipeline, or an objective made of one
@@ -457,7 +466,7 @@ def collect(
     seed, noises = whole_seed("seed", seed), whole("noises", noises)
     batch_size = whole("batch_size", batch_size)
     one_of("dtype", dtype, DTYPES)
-    objective = make_objective(pipe, parameters, **options)
+    objective = _chosen_objective(pipe, parameters, options)
     samples, folder = as_samples(samples), absolute_folder(folder)
     timesteps = _timesteps(objective, timesteps, spacing)
     d = sum(p.numel() for p in objective.parameters.values())
@@ -473,6 +482,7 @@ def collect(
     store = _own_store(folder, manifest, objective, samples)
     _note_columns(store, samples)
     _watch_columns(store, samples)
+    watch_tuning(objective)
     fill(store, objective, samples, batch_size, progress)
     return store
 

@@ -188,7 +188,8 @@ def _warn_if_resized(images, size: tuple[int, int], names) -> bool:
     name, image = others[0]
     warn(
         f"images of other sizes, such as {name} of {image.width}×{image.height} pixels, are resized to"
-        f" {size[1]}×{size[0]}; choose with collect(…, size=…, resize='squash' or 'crop'), or make_objective")
+        f" {size[1]}×{size[0]}; choose size, and resize='squash' or 'crop', alike in"
+        " finetune(make_objective(pipe, resize=…), …) and collect(…, resize=…)")
     return True
 
 # %% ../../nbs/families/01_latent.ipynb #9375618f

@@ -33,7 +33,9 @@ def _check_stores(method: str, output_store: Store | None) -> None:
     """Raises `ValueError` for an unknown method, and for a store that it needs or does not read."""
     if method not in QUESTIONS:
         known = " or ".join(f"{name!r} ({x.about}; needs {x.needs})" for name, x in QUESTIONS.items())
-        raise ValueError(f"method={method!r} is unknown: choose {known}")
+        raise ValueError(
+            f"method={method!r} is unknown: choose {known}. Others are classes, such as"
+            " TRAK(store).influence(images), see nbs/methods; DMin is 'similar'")
     needs, two = QUESTIONS[method].needs, QUESTIONS[method].two_stores
     if two and output_store is None:
         raise ValueError(
@@ -42,7 +44,7 @@ def _check_stores(method: str, output_store: Store | None) -> None:
     if not two and output_store is not None:
         raise ValueError(f"method={method!r} needs {needs} and reads no output_store=")
 
-
+# %% ../../nbs/methods/11_choosing.ipynb #fb5be980
 def attributor(
     store: Store,                        # of the loss
     method: str = "similar",             # a name in `QUESTIONS`

@@ -50,6 +50,17 @@ def same_model(a: Objective, b: Objective) -> bool:
     x, y = a.model.state_dict(), b.model.state_dict()
     return x.keys() == y.keys() and all(torch.equal(p.cpu(), y[name].cpu()) for name, p in x.items())
 
+# %% ../../nbs/methods/08_das.ipynb #11156469
+def _check_options(loss_store: Store, output_store: Store) -> None:
+    """Such as resize, by which both see the same pictures."""
+    first, second = (
+        ", ".join(f"{k}={x!r}" for k, x in sorted(store.objective.options.items()) if k != "output") or "none"
+        for store in (loss_store, output_store))
+    if first != second:
+        raise ValueError(
+            f"{loss_store.folder} and {output_store.folder} do not fit: the first has the options {first},"
+            f" the second {second}. Give make_objective those of the first, beside output='average'")
+
 # %% ../../nbs/methods/08_das.ipynb #fea0f825
 _COLLECT_OUTPUT = ("Collect both alike: collect(pipe, samples, folder) and collect(make_objective(pipe,"
                    " output='average'), samples, folder_2)")
@@ -71,6 +82,7 @@ def check_stores_fit(loss_store: Store, output_store: Store) -> None:
     if words := differences(mine, replace(other, **same)):
         raise ValueError(f"{loss_store.folder} and {output_store.folder} do not fit: in the first"
                          f" {'; '.join(words)}. {_COLLECT_OUTPUT}")
+    _check_options(loss_store, output_store)
     if not same_model(loss_store.objective, output_store.objective):
         raise ValueError(f"{loss_store.folder} and {output_store.folder} are of different models."
                          f" {_COLLECT_OUTPUT}")
