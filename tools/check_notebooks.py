@@ -20,16 +20,19 @@ from nbdev.doclinks import nbdev_export
 from check_style import check as unlike_style
 from first_cells import stale
 from make_readme import ROOT, make_readme
+from run_notebook import WIDGET
 
 
 def unclean(path: Path) -> list[str]:
     """What nbdev_clean would change, and what failed when the notebook ran."""
     cfg, text = get_config(), path.read_text(encoding="utf-8")
-    nb = loads(text)
-    found = [
-        f"cell {i} holds an error: mend it and run the notebook again"
-        for i, cell in enumerate(nb["cells"])
-        if any(o["output_type"] == "error" for o in cell.get("outputs", []))]
+    nb, found = loads(text), []
+    for i, cell in enumerate(nb["cells"]):
+        outputs = cell.get("outputs", [])
+        if any(o["output_type"] == "error" for o in outputs):
+            found.append(f"cell {i} holds an error: mend it and run the notebook again")
+        if any(WIDGET in o.get("data", {}) for o in outputs):
+            found.append(f"cell {i} shows a widget, which is nothing without its kernel: tools/run_notebook.py")
     clean_nb(
         nb,
         cfg.clear_all,

@@ -279,7 +279,7 @@ _STYLE = """
 .dmin-explorer button:focus-visible { outline: 2px solid #2563eb; outline-offset: 1px }
 .dmin-explorer .queries, .dmin-explorer .controls, .dmin-explorer .samples, .dmin-explorer .weights[open]
   { display: flex; flex-wrap: wrap; gap: 6px 14px; align-items: center; margin: 6px 0 }
-.dmin-explorer .queries { gap: 6px; max-height: 130px; overflow-y: auto; padding: 4px; margin: 2px -4px }
+.dmin-explorer .queries { gap: 6px; max-height: 130px; overflow-y: auto; padding: 4px; margin: 2px 0 }
 .dmin-explorer .query.now { outline: 3px solid #c2410c }
 .dmin-explorer .samples { gap: 8px; align-items: start }
 .dmin-explorer .sample { width: 106px; text-align: center; border-color: transparent; overflow: hidden }
