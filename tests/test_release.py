@@ -7,9 +7,14 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tarfile
+import threading
 import tomllib
+import venv
 import zipfile
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import nbformat
@@ -39,6 +44,51 @@ def installed(wheels, tmp_path):
     for wheel in wheels: zipfile.ZipFile(wheel).extractall(tmp_path / "site")
     (tmp_path / "run").mkdir()
     return tmp_path
+
+
+@pytest.fixture
+def served(wheels, tmp_path):
+    """The address of a project whose release lies on this machine."""
+    release = tmp_path / "server" / "who" / "dmin" / "releases" / "download" / f"v{settings()['version']}"
+    release.mkdir(parents=True)
+    for wheel in wheels: shutil.copy(wheel, release)
+    handler = partial(SimpleHTTPRequestHandler, directory=tmp_path / "server")
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}/who/dmin"
+        server.shutdown()
+
+
+@pytest.fixture
+def python(tmp_path):
+    """That of a new virtual environment with all packages that are installed here but dmin."""
+    venv.create(tmp_path / "venv", with_pip=True)
+    packages = next((tmp_path / "venv").glob("lib/python*/site-packages"))
+    for path in Path(sysconfig.get_path("purelib")).iterdir():
+        if path.name.startswith(("dmin", "__editable__")) or path.suffix == ".pth": continue
+        if not (packages / path.name).exists(): (packages / path.name).symlink_to(path)
+    return tmp_path / "venv" / "bin" / "python"
+
+
+def test_a_notebook_that_was_downloaded_alone(served, python, tmp_path):
+    """As in Colab: no clone, no dmin; the first cell brings both wheels, and the lesson runs to its end."""
+    (lesson := tmp_path / "alone" / "quickstart.ipynb").parent.mkdir()
+    text = (ROOT / "nbs" / "tutorials" / "quickstart.ipynb").read_text(encoding="utf-8")
+    lesson.write_text(text.replace(settings()["git_url"], served), encoding="utf-8")
+    script = """
+import nbformat
+from nbclient import NotebookClient
+nb = nbformat.read("quickstart.ipynb", 4)
+NotebookClient(nb, timeout=600, kernel_name="python3").execute()
+"""
+    known = {k: v for k, v in os.environ.items() if not k.startswith(("DMIN_", "PIP_", "PYTHON"))}
+    known |= {"DMIN_PRESET": "smoke", "PIP_NO_INDEX": "1"}
+    done = subprocess.run(
+        [python, "-c", script], cwd=lesson.parent, env=known, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = subprocess.run([python, "-m", "pip", "list"], capture_output=True, text=True, env=known).stdout
+    assert re.search(r"(?m)^dmin ", found) and re.search(r"(?m)^dmin.data ", found)
+    assert list(lesson.parent.rglob("quickstart.png"))   # what it makes goes to where it is
 
 
 def outside(folder, script, **environment):

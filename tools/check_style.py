@@ -41,7 +41,7 @@ LONG = {
     "_SOURCE": 52,   # of C
     "_PARTS": 31,    # of JavaScript
     "_RENDER": 35,
-    "_STYLE": 29,
+    "_STYLE": 30,
     "FactoredCompressor": 51,
     "ManifestFile": 26,
     "Ranks": 65,

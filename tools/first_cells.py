@@ -10,6 +10,7 @@ import configparser
 import hashlib
 import json
 import math
+import textwrap
 from pathlib import Path
 
 import nbformat
@@ -21,6 +22,7 @@ EXTRAS = {
     "kfac": ("paper/kfac_figure_2", "paper/kfac_figure_4", "paper/kfac_figure_6", "paper/dtrak", "benchmarks/methods",
              "benchmarks/leaderboard", "benchmarks/tried"),
     "cluster": ("tutorials/laptop_to_cluster",)}
+PEERS = "benchmarks/peers",   # compare with other packages, which would ask for other builds of torch
 BADGE, INSTALL = "[![Open in Colab]", "#| hide\n# Where dmin is missing"
 
 
@@ -43,13 +45,24 @@ def needs(name: str, root: Path = ROOT) -> str:
     if name not in measured: return ""
     found = measured[name]
     memory = f"{math.ceil(found['memory_gb'] * 2) / 2:g} GB of memory, " if "memory_gb" in found else ""
-    return f"{minutes(found['seconds'])} on two CPU cores, {memory}no GPU."
+    shared = " (in `make paper`, whose notebooks share stores; alone, it collects those that are missing first)"
+    if not name.startswith("paper/") or name == "paper/summary": shared = ""
+    return f"{minutes(found['seconds'])} on two CPU cores{shared}, {memory}no GPU."
 
 
 def extras(name: str) -> str:
     """What a notebook needs beside the package, as pip names it."""
     wanted = [extra for extra, notebooks in EXTRAS.items() if name.startswith(notebooks)]
     return f"[{','.join(wanted)}]" if wanted else ""
+
+
+def peers(root: Path = ROOT) -> str:
+    """A line that installs the other packages, as the Makefile does."""
+    lines = (root / "tests" / "peers.txt").read_text().splitlines()
+    pins = " ".join(line for line in lines if line and not line.startswith("#"))
+    parts = textwrap.wrap(pins, 90, break_on_hyphens=False)
+    quoted = "\n".join(f'        "{part} "' for part in parts)
+    return f"\n    others = (\n{quoted})\n" + '    get_ipython().run_line_magic("pip", f"install -q --no-deps {others}")'
 
 
 def first_cells(name: str, root: Path = ROOT) -> tuple[str, str]:
@@ -68,6 +81,7 @@ def first_cells(name: str, root: Path = ROOT) -> tuple[str, str]:
         f'    code = f"dmin{extras(name)}@{{release}}/dmin-{s["version"]}-py3-none-any.whl"\n'
         f'    data = f"dmin_data@{{release}}/dmin_data-{s["version"]}-py3-none-any.whl"\n'
         '    get_ipython().run_line_magic("pip", f"install -q {code} {data}")')
+    if name in PEERS: install += peers(root)
     return f"{badge} {needs(name, root)}".strip(), install
 
 

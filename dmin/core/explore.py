@@ -296,6 +296,7 @@ _STYLE = """
 .dmin-explorer .bar.below { background: #c2410c }
 .dmin-explorer :is(select, input, output) { font: inherit; color: inherit; vertical-align: middle }
 .dmin-explorer :is(input, output) { display: inline-block; width: auto; padding: 0 }
+.dmin-explorer .weights label { display: inline-block; margin: 2px 14px 2px 0 }
 .dmin-explorer summary { display: list-item }
 .dmin-explorer option { color: initial }
 .dmin-explorer img { max-width: 100%; margin: 0 }
