@@ -106,10 +106,11 @@ def data_folder() -> Path:
     if "DMIN_DATA" in os.environ: folder = Path(os.environ["DMIN_DATA"])
     elif clone := _clone(): folder = clone / "data"
     else: folder = _installed_data()
-    if (folder / "mini").is_dir(): return folder.resolve()
+    missing = [name for name in ("mini", "tiny", "published", "benchmarks") if not (folder / name).is_dir()]
+    if not missing: return folder.resolve()
     way_out = "git checkout -- data" if _clone() else data_command()
     if "DMIN_DATA" in os.environ: way_out = "set the variable DMIN_DATA to the right folder, or unset it"
-    raise FileNotFoundError(f"dmin's data and small models are not in {folder}: {way_out}")
+    raise FileNotFoundError(f"dmin's data and small models are not in {folder}, no {missing[0]}: {way_out}")
 
 
 def _installed_data() -> Path:

@@ -159,7 +159,7 @@ class Strip(NamedTuple):
     marked: Sequence[bool] | None = None   # which of them stand out, framed and bold; None: all alike
 
 # %% ../../nbs/core/05_show.ipynb #adc62863
-_SIDE, _QUERY_SIDE, _GAP, _MARGIN, _APART = .8, 1.15, .09, .12, .26   # inches
+_SIDE, _QUERY_SIDE, _GAP, _MARGIN, _APART = .88, 1.15, .09, .12, .26   # inches; 96 pixels and more
 _THUMBS = _MARGIN + _QUERY_SIDE + _APART   # where the first training image begins
 _PER_LINE, _POINTS, _HEADING = 10, 7.5, 8.5
 
