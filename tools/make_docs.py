@@ -18,11 +18,13 @@ from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+from first_cells import settings
 from run_notebook import WIDGET
 
 ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "out" / "docs"
-ADDRESS = re.search(r"^git_url = (\S+)", (ROOT / "settings.ini").read_text(), re.M)[1]
+SETTINGS = settings()
+ADDRESS, BRANCH = SETTINGS["git_url"], SETTINGS["branch"]
 
 # caption -> what is in it: folders of notebooks, or notebooks, below nbs
 SECTIONS = {
@@ -119,7 +121,7 @@ def inside(text: str, page: Path) -> str:
         there = (page.parent / to).resolve()
         if there.is_dir() and there.is_relative_to(ROOT / "nbs"): to += f"/{min(there.glob('*.ipynb')).name}"
         elif there.exists() and not there.is_relative_to(ROOT / "nbs"):
-            to = f"{ADDRESS}/blob/main/{there.relative_to(ROOT)}"
+            to = f"{ADDRESS}/blob/{BRANCH}/{there.relative_to(ROOT)}"
         return f"]({to})"
     return re.sub(r"\]\(((?!\w+:)[^)#\s]+)\)", changed, text)
 
@@ -161,8 +163,7 @@ def write_source(folder: Path) -> None:
         to.write_text(json.dumps(readable(path)), encoding="utf-8")
     (folder / "_static").mkdir()
     (folder / "_static" / "site.css").write_text(CSS)
-    version = re.search(r"^version = (\S+)", (ROOT / "settings.ini").read_text(), re.M)[1]
-    (folder / "conf.py").write_text(CONF.format(root=str(ROOT), version=version))
+    (folder / "conf.py").write_text(CONF.format(root=str(ROOT), version=SETTINGS["version"]))
     trees = ["# dmin\n"]
     for caption, names in pages().items():
         trees.append("```{toctree}\n:caption: " + caption + "\n:maxdepth: 1\n\n" + "\n".join(names) + "\n```\n")
@@ -215,6 +216,7 @@ def main() -> int:
     site = OUT / "html"
     if options.check and not site.exists(): parser.error(f"there is no site in {site}: build it first")
     if not options.check:
+        shutil.rmtree(site, ignore_errors=True)   # pages of notebooks that are gone
         write_source(OUT / "source")
         command = [sys.executable, "-m", "sphinx", "-b", "html", "-q", str(OUT / "source"), str(site)]
         if code := subprocess.run(command).returncode: return code

@@ -17,6 +17,7 @@ from PIL import Image
 import numpy as np
 
 from .checks import whole
+from .images import to_rgb
 
 # %% ../../nbs/core/05_show.ipynb #40230259
 def _text_width(text: str, points: float) -> float:
@@ -55,12 +56,17 @@ _SMALL = 128  # images up to this many pixels a side are shown pixel by pixel
 
 
 def _as_image(image) -> Image.Image:
-    """A PIL image of mode L, RGB or RGBA, from any or from an array as `show_images` takes them."""
+    """A PIL image of mode L or RGB, from any or from an array as `show_images` takes them: transparent places
+    are white, as a model sees them; 16 bits become 8.
+    """
     if not isinstance(image, Image.Image):
         a = np.asarray(image)
         if a.dtype != np.uint8: a = (np.clip(a, 0, 1) * 255).round().astype(np.uint8)
         image = Image.fromarray(a.squeeze(-1) if a.ndim == 3 and a.shape[-1] == 1 else a)
-    return image if image.mode in ("L", "RGB", "RGBA") else image.convert("RGB")
+    if image.mode in ("L", "RGB"): return image
+    if image.mode.startswith("I"):
+        return Image.fromarray((np.asarray(image) / 257).clip(0, 255).astype(np.uint8))
+    return to_rgb(image.convert("RGB") if image.mode == "F" else image)
 
 
 def _is_small(image: Image.Image) -> bool: return max(image.size) <= _SMALL

@@ -29,12 +29,14 @@ def _of_store(store: Store) -> dict[str, object]:
     """What a store's answers depend on, in words."""
     m = store.manifest
     numbers = "uncompressed" if m.v is None else f"{m.v:,} numbers of {m.parameters:,}"
+    factors = {"compressed from factors": f"{len(m.factored)} weights"} if m.factored else {}
+    pipe = store.objective.pipe   # None for a network of one's own
+    named = {} if pipe is None else {"pipeline": f"{type(pipe).__name__} {pipe.name_or_path or ''}".strip()}
     times = f"{len(m.timesteps)}, from {min(m.timesteps)} to {max(m.timesteps)}; noises: {m.noises}"
     return {
-        "store": store.folder, "made by": f"{m.objective}, model {m.model}",
+        "store": store.folder, **named, "made by": f"{m.objective}, model {m.model}",
         "training samples": f"{len(store):,}, ids {ids_digest(m.sample_ids)}",
-        "gradients": f"{numbers}, {m.dtype}", "timesteps": times,
-        "compressed from factors": f"{len(m.factored)} weights",
+        "gradients": f"{numbers}, {m.dtype}", "timesteps": times, **factors,
         "seeds": f"noise {m.noise_seed}, compression {m.compression_seed}", "recipe": m.fingerprint(),
         "files": "all were read, and are what their checksums say"}
 
