@@ -86,6 +86,9 @@ _OPENING = (
     " named below, or what else the method measures. It is evidence of what the model learned a picture from,"
     " not proof of copying. Scores of different methods have different units: compare their order.</p>"
     "<h2>Queries</h2>")
+_EXCESS = (
+    "<p>Excess: the group's summed scores less what as many average samples would have; in brackets its 95 %"
+    " interval, for groups of five samples and more.</p>")
 
 
 def _check_asked(store: Store, k: int, by: Sequence[str]) -> None:
@@ -141,6 +144,6 @@ def report(
     if len(scores) > 1: parts += ["<h2>Agreement</h2>", _agreement(scores, k)._repr_html_()]
     for column in by:
         found = next(iter(scores.values())).by(column, k)
-        parts += [f"<h2>By {html.escape(column)}, {html.escape(names[0])}</h2>", found.body()]
+        parts += [f"<h2>By {html.escape(column)}, {html.escape(names[0])}</h2>", _EXCESS, found.body()]
     parts += ["<h2>Provenance</h2>", provenance(stores, took)._repr_html_()]
     return written(page("Attribution report", "\n".join(parts)), path)
