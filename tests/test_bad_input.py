@@ -213,7 +213,7 @@ def test_a_name_instead_of_a_pipeline(digits, tmp_path):
 def test_folders_that_are_not_there(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"there is no store in .*nostore: collect\(pipe, samples, folder\)"):
         open_store(tmp_path / "nostore")
-    with pytest.raises(ValueError, match="my-sd': give a folder, a Hub id"): load_pipeline(str(tmp_path / "my-sd"))
+    with pytest.raises(FileNotFoundError, match="there is no folder .*my-sd"): load_pipeline(str(tmp_path / "my-sd"))
     with pytest.raises(OSError, match="my-sd: there is no such folder"): load_pipeline("./my-sd")
     with pytest.raises(OSError, match="models/my-sd is no folder here, and cannot be fetched"):
         load_pipeline("models/my-sd")

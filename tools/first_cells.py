@@ -4,7 +4,7 @@ what installs dmin where that is missing.
 python tools/first_cells.py            # after results/needs.json, the version or the address has changed
 
 The address is git_url in settings.ini, which tools/set_address.py sets; minutes and memory are measured by
-`tools/run_notebook.py --record` and `tools/run_paper.py --record-times`.
+`tools/run_notebook.py --record` and `tools/run_paper.py --record-times`; "stopped" is a run that was not waited for.
 """
 import configparser
 import hashlib
@@ -32,7 +32,8 @@ def settings(root: Path = ROOT) -> configparser.SectionProxy:
     return parser["DEFAULT"]
 
 
-def minutes(seconds: float) -> str:
+def minutes(seconds: float, stopped: bool = False) -> str:
+    if stopped: return f"More than {seconds / 3600:.0f} hour{'s' * (seconds >= 5400)}"
     if seconds < 90: return "A minute"
     if seconds < 600: return f"{math.ceil(seconds / 60)} minutes"
     return f"{5 * math.ceil(seconds / 300)} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"
@@ -47,7 +48,8 @@ def needs(name: str, root: Path = ROOT) -> str:
     memory = f"{math.ceil(found['memory_gb'] * 2) / 2:g} GB of memory, " if "memory_gb" in found else ""
     shared = " (in `make paper`, whose notebooks share stores; alone, it collects those that are missing first)"
     if not name.startswith("paper/") or name == "paper/summary": shared = ""
-    return f"{minutes(found['seconds'])} on two CPU cores{shared}, {memory}no GPU."
+    took = minutes(found["seconds"], found.get("stopped", False))
+    return f"{took} on two CPU cores{shared}, {memory}no GPU."
 
 
 def extras(name: str) -> str:
