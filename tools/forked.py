@@ -25,6 +25,7 @@ import traceback
 import types
 from pathlib import Path
 
+# Not matplotlib's inline backend: it looks for its notebook when it is loaded, and without one shows no figure.
 LIBRARIES = (
     "dmin",   # first: it keeps the others quiet about what is missing
     "numpy",
@@ -43,7 +44,6 @@ LIBRARIES = (
     "diffusers.training_utils",
     "diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion",
     "matplotlib.pyplot",
-    "matplotlib_inline.backend_inline",
     "diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3",
     "torch.utils.flop_counter",
     "hnswlib",

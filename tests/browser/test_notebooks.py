@@ -72,6 +72,7 @@ def test_run_all(page, lab, shots, name):
         assert (red := page.locator(RED)).count() == 0, red.all_inner_texts()
         assert (cut := page.evaluate(CUT)) == [], cut
     assert page.evaluate(BUSY) == "done"
+    assert page.locator(".jp-OutputArea-output", has_text="<Figure size").count() == 0   # a figure's name alone
     end_kernel(page, lab)
 
 
