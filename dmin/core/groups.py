@@ -14,7 +14,7 @@ from functools import cached_property
 import torch
 from scipy.stats import t as student
 
-from .answers import Answer, caption, captioned, chosen, in_few, known_columns, with_free_names
+from .answers import Answer, caption, captioned, chosen, score_text, known_columns, with_free_names
 from .checks import whole
 from .show import attribution_html, Strip
 
@@ -170,7 +170,8 @@ def _strips(groups: Groups, q: int, most: int) -> list[Strip]:
         images = [groups.samples[i]["image"] for i in rows]
         query = None if strips else groups.queries[q]["image"]
         heading = _in_words(groups, q, line).split(" · ", 1)[1]
-        titles = [f"{in_few(float(values[i]))}\nrow {i}\n{caption(words[i], words)}".strip() for i in rows]
+        said = [f"row {i}\n{caption(words[i], words)}".strip() for i in rows]
+        titles = [f"{score_text(float(values[i]))}\n{text}" for i, text in zip(rows, said)]
         strips.append(Strip(query, "" if query is None else about, images, titles, heading))
     return strips
 

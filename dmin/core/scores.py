@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import torch
 
-from .answers import Answer, caption, captioned, chosen, in_few, known_columns, with_free_names
+from .answers import Answer, caption, captioned, chosen, score_text, known_columns, with_free_names
 from .checks import timestep_weights, whole
 from .dtypes import columns
 from .gradients import Gradients
@@ -42,7 +42,7 @@ def _titles(part: "Ranking", q: int, words) -> list[str]:   # words: see `captio
     """What stands below each of a query's training images."""
     titles = []
     for rank, (row, score) in enumerate(zip(part.rows[q].tolist(), part.scores[q].tolist()), 1):
-        lines = [f"{rank}  {in_few(score)}", f"row {row}", caption(words[row], words)]
+        lines = [f"{rank}  {score_text(score)}", f"row {row}", caption(words[row], words)]
         if part.ranks is not None: lines.insert(2, _rank_range(part.ranks[q, rank - 1]))
         titles.append("\n".join(lines))
     return titles
@@ -63,7 +63,7 @@ def _strips(ranking: "Ranking"):
 # %% ../../nbs/core/14_scores.ipynb #2542c759
 def _line(part: "Ranking", q: int, rank: int, said: str) -> str:
     """One training sample of a ranking as text."""
-    i, score, mark, ranks = int(part.rows[q, rank]), in_few(float(part.scores[q, rank]), 4), " ", ""
+    i, score, mark, ranks = int(part.rows[q, rank]), score_text(float(part.scores[q, rank]), 4), " ", ""
     if part.ranks is not None:
         mark = "*" if part.stable[q, rank] else " "
         ranks = f"   {_rank_range(part.ranks[q, rank]):14}"
