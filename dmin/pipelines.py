@@ -194,7 +194,7 @@ def _adapt(pipe, name: str, lora: str | Path | None) -> None:
     """Puts the adapters that were asked for, or those that belong to a name, into its pipeline."""
     source = PIPELINES.get(name, PipelineSource(""))
     own = lora is None and source.lora
-    if own: lora = source.lora if source.hub else data_folder() / source.lora
+    if own: lora = source.lora if source.hub else data_folder(source.lora)
     if lora is not None:
         load_lora(pipe, lora)
         if own and source.recipe: _tell_strength(pipe, name, source.recipe.alpha)
@@ -213,7 +213,7 @@ def _shared(source: PipelineSource, dtype) -> dict:
     if source.vae is None: return {}
     from diffusers import AutoencoderKL
 
-    return {"vae": AutoencoderKL.from_pretrained(data_folder() / source.vae, torch_dtype=dtype)}
+    return {"vae": AutoencoderKL.from_pretrained(data_folder(source.vae), torch_dtype=dtype)}
 
 # %% ../nbs/01_pipelines.ipynb #9115c7ff
 def load_pipeline(
@@ -236,7 +236,7 @@ def load_pipeline(
     pipe.set_progress_bar_config(disable=True)
     if source.recipe and source.hub:   # not SD 3's own 1024 pixels
         network(pipe).register_to_config(sample_size=source.recipe.size // pipe.vae_scale_factor)
-    if source.network: _replace_network(pipe, data_folder() / source.network, source.about)
+    if source.network: _replace_network(pipe, data_folder(source.network), source.about)
     _adapt(pipe, name, lora)
     return pipe.to(device)
 

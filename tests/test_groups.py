@@ -32,11 +32,14 @@ def test_sums_against_loops(values):
             excess = own.sum() - len(own) * values[q].double().mean()
             assert math.isclose(found.excess[q, g], excess, abs_tol=1e-9)
             assert found.found[q, g] == sum(LABELS[i] == name for i in first)
+            positive = values[q].double().clamp(min=0)
+            assert math.isclose(found.share[q, g], own.clamp(min=0).sum() / positive.sum(), abs_tol=1e-9)
             if len(own) >= 5:
                 drawn = math.sqrt(len(own) * (1 - len(own) / len(LABELS)))   # without replacement
                 margin = student.ppf(.975, len(own) - 1) * drawn * own.std()
                 assert math.isclose(found.margin[q, g], margin, rel_tol=1e-9)
             else: assert math.isnan(found.margin[q, g])
+    assert (found.share.sum(1) - 1).abs().max() < 1e-9
     assert found.excess.sum(1).abs().max() < 1e-9   # what one group has above the average others lack
 
 
@@ -53,6 +56,11 @@ def test_the_interval_covers(m):
 def test_a_group_of_all_has_no_excess(values):
     found = by_group(values, ["all"] * 60)
     assert found.excess.abs().max() < 1e-9 and found.margin.abs().max() < 1e-9
+
+
+def test_no_positive_score_has_no_shares(values):
+    found = by_group(-values.abs(), LABELS)
+    assert found.share.isnan().all() and "positive" not in repr(found) and "nan" not in repr(found)
 
 
 def test_missing_values_of_any_kind_are_one_group(values):

@@ -15,7 +15,9 @@ from conftest import PYTHON
 from diffusers import AutoencoderKL, DDPMPipeline, StableDiffusion3Pipeline, StableDiffusionPipeline
 
 import dmin
+from dmin import load_images, load_mixture
 from dmin.core.runtime import data_folder
+from dmin.methods.similarity import clip_source
 from dmin.pipelines import PIPELINES
 from dmin.training import training_record
 
@@ -187,6 +189,15 @@ def test_shipped_tuning_has_its_record(name, most):
 
 @pytest.mark.parametrize("name", ["mnist_5k.npz", "clipart_10.npz", "cards.parquet", "clipart.parquet", "creatures.parquet", "flowers.parquet", "renders.parquet", "toys.parquet"])
 def test_data_is_there(name): assert (data_folder() / "mini" / name).stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("part, ask", [
+    ("mini/flowers.parquet", load_mixture), ("mini/mnist_5k.npz", lambda: load_images("mnist_5k")),
+    ("tiny/clip", lambda: clip_source(None))])
+def test_a_part_of_the_data_that_is_missing(part, ask, tmp_path, monkeypatch):
+    for folder in ("mini", "tiny", "published", "benchmarks"): (tmp_path / folder).mkdir()
+    monkeypatch.setenv("DMIN_DATA", str(tmp_path))
+    with pytest.raises(FileNotFoundError, match=f"no {part}: set the variable DMIN_DATA"): ask()
 
 
 def test_no_shipped_configuration_names_a_folder():

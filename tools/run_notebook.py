@@ -10,6 +10,7 @@ import argparse
 import json
 import os
 import re
+import resource
 import sys
 import time
 from pathlib import Path
@@ -40,11 +41,10 @@ def tidy(text: str) -> str:
     return re.sub(r"(?m)^/\S*?/(ipykernel_\d+/\d+\.py:\d+: |(?=dmin/\S+\.py:\d+: ))", "", ended(text))
 
 
-def peak_gb(process: int) -> float:
-    """The most memory that a running process has held so far; 0 where the system does not tell."""
-    try: lines = Path(f"/proc/{process}/status").read_text().splitlines()
-    except OSError: return 0.
-    return next((int(line.split()[1]) / 1e6 for line in lines if line.startswith("VmHWM")), 0.)
+def peak_gb() -> float:
+    """The most memory that one of the processes held which this one started, or which those started in turn."""
+    unit = 1 if sys.platform == "darwin" else 1024   # bytes there, kilobytes elsewhere
+    return resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * unit / 1e9
 
 
 def record(name: str, **needed: float) -> None:
@@ -61,26 +61,20 @@ def run(path: Path, output: Path, timeout: int | None, needed: dict | None = Non
     nb = nbformat.read(path, as_version=4)
     nb.metadata.setdefault("kernelspec", {"name": "python3", "display_name": "python3", "language": "python"})
     nb.metadata.pop("widgets", None)
-    held = []
-
-    def after_cell(cell, cell_index, **_):
-        echo(cell, cell_index)
-        held.append(peak_gb(client.km.provisioner.pid))
-
     client = NotebookClient(
         nb,
         timeout=timeout,
         kernel_name="python3",
         store_widget_state=False,
         coalesce_streams=True,
-        on_cell_executed=after_cell,
+        on_cell_executed=echo,
         extra_arguments=["--log-level=40"],
         resources={"metadata": {"path": str(path.parent)}})
     start, error = time.perf_counter(), None
     try: client.execute()
     except (CellExecutionError, CellTimeoutError, DeadKernelError) as e: error = e
     seconds = time.perf_counter() - start
-    if needed is not None: needed.update(seconds=seconds, memory_gb=max(held, default=0.))
+    if needed is not None: needed.update(seconds=seconds, memory_gb=peak_gb())
     for cell in (c for c in nb.cells if c.cell_type == "code"):
         for o in cell.outputs:
             if o.output_type == "stream": o.text = tidy(o.text) if o.name == "stderr" else ended(o.text)
@@ -118,6 +112,7 @@ if __name__ == "__main__":
     )
     args = parser.parse_args()
     if args.output and len(notebooks(args.paths)) != 1: parser.error("--output takes one notebook")
+    if args.record and len(notebooks(args.paths)) != 1: parser.error("--record takes one notebook")
     if args.output: os.environ["DMIN_OUT"] = str(args.output.resolve().parent)
     ok = []
     for path in notebooks(args.paths):

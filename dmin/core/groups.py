@@ -79,6 +79,12 @@ class Groups(Answer):
         return self.sums - self.sizes * self.values.double().mean(1, keepdim=True)
 
     @cached_property
+    def share(self) -> torch.Tensor:    # (n_queries, n_groups) float64
+        """Of all positive scores of a query, the part that the group's samples hold; nan where none is."""
+        held = _sums(self.values.clamp(min=0), self.member, len(self.names))
+        return held / held.sum(1, keepdim=True)
+
+    @cached_property
     def margin(self) -> torch.Tensor:   # (n_queries, n_groups) float64
         """Half of the excess' 95 % interval, Student's, from the spread of a group's samples, as if drawn
         from all; nan for fewer than five, which say little of it, and nothing where they are copies.
@@ -130,7 +136,7 @@ class Groups(Answer):
         return "\n".join(_in_words(self, q, line) for q in range(len(self)) for line in _lines(self, q)[:10])
 
 # %% ../../nbs/core/14_groups.ipynb #5071234c
-_OURS = {"query", "rank", "samples", "sum", "excess", "low", "high", "times chance"}
+_OURS = {"query", "rank", "samples", "sum", "share", "excess", "low", "high", "times chance"}
 
 
 def _column(groups: Groups) -> str:
@@ -140,23 +146,25 @@ def _column(groups: Groups) -> str:
 
 def _lines(groups: Groups, q: int) -> list[dict]:
     """What is known of each group for a query, largest excess first."""
-    numbers = groups.sums, groups.excess, groups.margin, groups.found
-    sums, excess, margin, found = (x[q].tolist() for x in numbers)
+    numbers = groups.sums, groups.share, groups.excess, groups.margin, groups.found
+    sums, share, excess, margin, found = (x[q].tolist() for x in numbers)
     lines, n, sizes, column = [], len(groups.member), groups.sizes.tolist(), _column(groups)
     for rank, g in enumerate(groups.order(q), 1):
         line = {"query": q, "rank": rank, column: groups.names[g], "samples": sizes[g], "sum": sums[g]}
-        line |= {"excess": excess[g], "low": excess[g] - margin[g], "high": excess[g] + margin[g]}
+        line |= {"share": share[g], "excess": excess[g]}
+        line |= {"low": excess[g] - margin[g], "high": excess[g] + margin[g]}
         line |= {f"of the first {groups.k}": found[g], "times chance": found[g] / (groups.k * sizes[g] / n)}
         lines.append(line)
     return lines
 
 # %% ../../nbs/core/14_groups.ipynb #16980c3f
 def _in_words(groups: Groups, q: int, line: dict) -> str:
-    known = line["low"] == line["low"]
-    interval = f" [{line['low']:+.3g}, {line['high']:+.3g}]" if known else ""
-    first = line[f"of the first {groups.k}"]
+    interval = f" [{line['low']:+.3g}, {line['high']:+.3g}]" if line["low"] == line["low"] else ""
+    share = f"{line['share']:.1%} of the positive scores, " if line["share"] == line["share"] else ""
+    whose = f"{line['samples']:,} of {len(groups.member):,} samples"
+    first = f"{line[f'of the first {groups.k}']} of the first {groups.k}"
     return (f"query {q} · {line['rank']:2}. {line[_column(groups)]}: excess {line['excess']:+.3g}{interval}, "
-            f"{line['samples']} sample{'s' * (line['samples'] != 1)}, {first} of the first {groups.k}")
+            f"{share}{whose}, {first}")
 
 # %% ../../nbs/core/14_groups.ipynb #4b81f058
 def _strips(groups: Groups, q: int, most: int) -> list[Strip]:

@@ -97,17 +97,19 @@ def data_command() -> str:
     return f"pip install {release}/dmin_data-{__version__}-py3-none-any.whl"
 
 # %% ../../nbs/core/01_runtime.ipynb #60250ce4
-def data_folder() -> Path:
-    """The data that come with dmin: the folder `DMIN_DATA` if that is set, else the clone's `data`, else the
-    one of the package `dmin_data`.
+def data_folder(part: str = ".") -> Path:
+    """The data that come with dmin, or a part of them such as "tiny/clip": the folder `DMIN_DATA` if that is
+    set, else the clone's `data`, else the one of the package `dmin_data`.
 
-    Raises `FileNotFoundError` where there are none, or those of another version, and says what brings them.
+    Raises `FileNotFoundError` where there are none, where the part is missing, and for those of another
+    version, and says what brings them.
     """
     if "DMIN_DATA" in os.environ: folder = Path(os.environ["DMIN_DATA"])
     elif clone := _clone(): folder = clone / "data"
     else: folder = _installed_data()
-    missing = [name for name in ("mini", "tiny", "published", "benchmarks") if not (folder / name).is_dir()]
-    if not missing: return folder.resolve()
+    parts = "mini", "tiny", "published", "benchmarks", part
+    missing = [name for name in parts if not (folder / name).exists()]
+    if not missing: return (folder / part).resolve()
     way_out = "git checkout -- data" if _clone() else data_command()
     if "DMIN_DATA" in os.environ: way_out = "set the variable DMIN_DATA to the right folder, or unset it"
     raise FileNotFoundError(f"dmin's data and small models are not in {folder}, no {missing[0]}: {way_out}")

@@ -73,6 +73,18 @@ def _agreement(scores: dict[str, Scores], k: int) -> Table:
     return Table(["", *first], cells, f"of the first {k} of a query, how many both have, mean", form=".1f")
 
 # %% ../../nbs/measures/10_report.ipynb #e829d7da
+def _stability(scores: dict[str, Scores], k: int) -> Table:
+    """Of the first k, how many stay there under every seed, mean over queries; nothing for those of one."""
+    cells = []
+    for name, found in scores.items():
+        stable = found.top(k).stable
+        cells.append([name, len(found.repeats) or 1, None if stable is None else stable.sum(1).double().mean()])
+    one = any(stable is None for *_, stable in cells)
+    how = ". Not measured with one: collect_seeds(…) and Repeated(stores) do" if one else ""
+    about = f"of the first {k} of a query, how many are so under every seed of noise and compression, mean{how}"
+    return Table(["", "seeds", "stable"], cells, about, form=("", "d", ".1f"))
+
+
 def _rankings(scores: dict[str, Scores], k: int) -> list[str]:
     """Of each query, the first k of each method below one another."""
     tops = {name: x.top(k) for name, x in scores.items()}
@@ -124,8 +136,8 @@ def report(
     k: int | None = None,            # training samples of each query; None: 10, or all if there are fewer
     by: Sequence[str] = (),          # columns of the samples: a part by groups for each
 ) -> str | Path:
-    """A page: each query with the first `k` of each method, how far they agree, groups, and all that it was
-    computed from.
+    """A page: each query with the first `k` of each method, how far they agree, what other seeds leave of
+    them, groups, and all that it was computed from.
 
     Reads the stores' files once to verify them. Raises `ValueError` for a damaged file, methods of one name
     or of other training samples, `OSError` where the page cannot be written, and what the methods raise.
@@ -142,6 +154,7 @@ def report(
     took = time.perf_counter() - start
     parts = [_OPENING, *_rankings(scores, k)]
     if len(scores) > 1: parts += ["<h2>Agreement</h2>", _agreement(scores, k)._repr_html_()]
+    parts += ["<h2>Stability</h2>", _stability(scores, k)._repr_html_()]
     for column in by:
         found = next(iter(scores.values())).by(column, k)
         parts += [f"<h2>By {html.escape(column)}, {html.escape(names[0])}</h2>", _EXCESS, found.body()]

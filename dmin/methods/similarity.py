@@ -98,7 +98,7 @@ class Latents(Vectors):
 # %% ../../nbs/methods/01_similarity.ipynb #2b1f0102
 def clip_source(model: str | Path | None) -> str | Path:
     """Where a CLIP model is: a folder, or a name on the Hub; None is the stand-in in `data/tiny/clip`."""
-    if model is None: return data_folder() / "tiny" / "clip"
+    if model is None: return data_folder("tiny/clip")
     return Path(model) if Path(model).is_dir() else model
 
 

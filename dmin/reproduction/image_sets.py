@@ -60,7 +60,7 @@ def _from_file(kind: ImageSet, split: str, size=None, mode: str | None = None):
     """A split of a set that comes with dmin: image, label and, where it is known, the picture's source."""
     from datasets import ClassLabel, Dataset, Features, Image as ImageFeature, Value
 
-    with np.load(data_folder() / kind.file) as z:
+    with np.load(data_folder(kind.file)) as z:
         arrays = {k: z[k] for k in ("image", "label", "source") if k in z}
     rows = _split_rows(arrays["label"], split)
     columns = {k: a[rows].tolist() for k, a in arrays.items() if k != "image"}

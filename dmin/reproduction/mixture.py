@@ -81,7 +81,7 @@ def _fetched(where: str, split: str, otherwise: str, **options):
 
 def _read(subset: Subset, source: Path | None):
     """All rows of a set: from the package's data, from the Hub, or from the folder `source`/<Hub id>."""
-    if subset.where.endswith(".parquet"): return _shipped(data_folder() / subset.where)
+    if subset.where.endswith(".parquet"): return _shipped(data_folder(subset.where))
     copies = "; copies of the sets are read with source="
     if source is None: return _fetched(subset.where, "train", copies, revision=subset.revision)
     folder = source / subset.where
@@ -125,6 +125,8 @@ def mixture_features():
         subset=text,
         noised=Value("bool"),
         source=text,
+        attribution=text,   # whose it is, and under which licence, where the set says so
+        license=text,
         origin=Value("int64"))
 
 
@@ -151,6 +153,8 @@ def _in_columns(name: str, subset: Subset, ds, rows: np.ndarray, size, first: in
             "subset": name,
             "noised": False,
             "source": x.get("source") or f"{subset.where}/{i}",
+            "attribution": x.get("attribution"),
+            "license": x.get("license"),
             "origin": first + i}
     return _map(ds.select(rows), row, name)
 
@@ -337,6 +341,8 @@ def _load_authors(split: str, *, size=PIXELS["authors"], source=None):
             "subset": str(x[subset]) if subset else "unknown",
             "noised": False,
             "source": f"{AUTHORS}/{split}/{i}",
+            "attribution": x.get("attribution"),
+            "license": x.get("license"),
             "origin": i}
     return _map(ds, row, "authors")
 
