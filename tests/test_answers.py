@@ -80,7 +80,7 @@ def test_the_explorer_opens_on_what_was_ranked(scores, named):
     assert [x["row"] for x in explorer.shown["samples"]] == scores.bottom(3).rows[0].tolist()
     few = Scores(scores.per_timestep[:, :4], scores.timesteps, scores.queries, named.select(range(4)))
     assert len(few.explore().shown["samples"]) == 4   # no more than there are
-    with pytest.raises(ValueError, match="two methods are called 'influence'"): scores.explore({"influence": scores})
+    with pytest.raises(ValueError, match="two methods are called 'DMin"): scores.explore({scores.method: scores})
     explorer = scores.explore()
     explorer.chosen = {**explorer.chosen, "large": 3}   # whose own column `score` is 7 everywhere
     facts = dict(explorer.shown["large"]["facts"])
@@ -142,6 +142,7 @@ def test_ranks_of_seeds_are_in_the_table(named, tmp_path):
 def test_a_page_opens_without_anything_beside_it(scores, tmp_path):
     text = scores.top(3).to_html()
     assert text.startswith("<!doctype html>")
+    for answer in (scores, scores.bottom(2), scores[0].by("label")): assert f"<p>By {scores.method}</p>" in answer.to_html()
     assert "&lt;b&gt;3&lt;/b&gt;" in text and "<b>3</b>" not in text   # a prompt is text
     assert len(re.findall(r'<img src="data:image/png;base64,', text)) == 3 * (1 + 3)
     assert not re.search(r'(src|href)="(?!data:)', text)

@@ -133,8 +133,9 @@ def _json(table) -> str:
 # %% ../../nbs/core/13_answers.ipynb #f4b1bb8b
 class Answer:
     """Of some queries. What derives from it has a length, can be indexed, and defines `to_pandas`, `figure`,
-    `heading` and `body`, which is HTML.
+    `heading` and `body`, which is HTML; `method` is whose scores they are, if that is known.
     """
+    method: str = ""
 
     def __iter__(self): return (self[q] for q in range(len(self)))
 
@@ -148,7 +149,8 @@ class Answer:
 
     def to_html(self, path: str | Path | None = None) -> str | Path:
         """A page that needs nothing beside it, or written to a file."""
-        return written(page(self.heading or "Attribution", self.body()), path)
+        whose = f"<p>By {html.escape(self.method)}</p>" if self.method else ""
+        return written(page(self.heading or "Attribution", whose + self.body()), path)
 
     def save(self, path: str | Path) -> Path:
         """Writes a page (.html), a figure (.png, .pdf, .svg, …) or a table (.csv, .json), by the file's name.

@@ -62,6 +62,7 @@ class Groups(Answer):
     by: str = "group"
     queries: object = None    # the data set of their images, if known
     samples: object = None    # the training data set, if known
+    method: str = ""          # whose scores they are
 
     @cached_property
     def sizes(self) -> torch.Tensor:    # (n_groups,) int64
@@ -213,6 +214,7 @@ def by_group(
     k: int | None = None,       # of the first samples, how many count as found; None: 10, or all if fewer
     queries=None,               # the data set of their images, if known
     samples=None,               # the training data set, if known
+    method: str = "",           # whose scores they are
 ) -> Groups:
     """Sums a query's scores by groups of training samples. See `Scores.by`."""
     n = values.shape[1]
@@ -221,4 +223,5 @@ def by_group(
     known = list(dict.fromkeys(names))
     place = {name: i for i, name in enumerate(known)}
     member = torch.tensor([place[name] for name in names])
-    return Groups(known, member, values, k, groups if isinstance(groups, str) else "group", queries, samples)
+    by = groups if isinstance(groups, str) else "group"
+    return Groups(known, member, values, k, by, queries, samples, method)

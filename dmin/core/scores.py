@@ -115,6 +115,7 @@ class Ranking(Answer):
     ranks: torch.Tensor | None = None   # (n_queries, k, seeds) from 1: each sample's, by each seed's scores
     source: "Scores | None" = None      # what it ranks, if all of it is known
     lowest: bool = False    # whether the lowest scores come first
+    method: str = ""        # whose scores they are
 
     @property
     def stable(self) -> torch.Tensor | None:   # (n_queries, k) bool
@@ -162,7 +163,7 @@ class Ranking(Answer):
         parts = dict(rows=self.rows[some], scores=self.scores[some], ranks=ranks)
         return replace(self, queries=queries, shown_with=with_them, source=source, **parts)
 
-    def explore(self, others: "Mapping[str, Scores] | None" = None, name: str = "influence"):
+    def explore(self, others: "Mapping[str, Scores] | None" = None, name: str | None = None):
         """`Scores.explore` of what it ranks. Raises `ValueError` when only what it found is known."""
         if self.source is None:
             raise ValueError("only the samples found are known: ask for store.influence(images).explore()")
@@ -203,6 +204,7 @@ class Scores(Answer):
     weights: torch.Tensor | None = None   # (T,); None: 1 each
     scale: float = 1.0                    # e times mean learning rate of Eq. 5
     repeats: "tuple[Scores, ...]" = ()    # of each seed, where these are a mean: see `averaged`
+    method: str = ""                      # whose they are
 
     def __post_init__(self): _check_finite(self.per_timestep)
 
@@ -252,12 +254,12 @@ class Scores(Answer):
 
         Raises `ValueError` for a column that is not there, or not as many values as samples.
         """
-        return by_group(self.values, groups, k, self.queries, self.samples)
+        return by_group(self.values, groups, k, self.queries, self.samples, self.method)
 
     def explore(
         self,
         others: "Mapping[str, Scores] | None" = None,   # other methods', of the same queries and samples
-        name: str = "influence",                        # of these
+        name: str | None = None,                        # of these; None: their method's
         k: int = 10,                                    # samples shown at first
     ):                                                  # an Explorer
         """To look around in: queries, methods, weights of timesteps, groups, single pictures.
@@ -266,6 +268,7 @@ class Scores(Answer):
         have the name of these.
         """
         from dmin.core.explore import Explorer
+        name = name or self.method or "influence"
         if name in (others := dict(others or {})):
             raise ValueError(f"two methods are called {name!r}: name=… gives the first another name")
         return Explorer({name: self} | others, min(k, self.per_timestep.shape[1]))
@@ -313,7 +316,7 @@ def _ranked(scores: Scores, k: int, heading: str, largest: bool) -> Ranking:
     ranks = [x.ranks(largest).gather(1, rows) for x in scores.repeats]
     return Ranking(
         rows, order.values[:, :k], heading, scores.queries, scores.samples,
-        ranks=torch.stack(ranks, 2) if ranks else None, source=scores, lowest=not largest)
+        ranks=torch.stack(ranks, 2) if ranks else None, source=scores, lowest=not largest, method=scores.method)
 
 # %% ../../nbs/core/14_scores.ipynb #0f50169e
 def _recipe(scores: Scores) -> dict:
@@ -471,7 +474,7 @@ class Attributor:
         shown, values = as_samples(queries), self.scores(queries, region)
         if region is not None: shown = fade_outside(shown, one_region_each(region, len(shown)))
         known = self.samples if self.store is None else self.store.samples
-        return Scores(values[..., None], None, shown, known)
+        return Scores(values[..., None], None, shown, known, method=self.name)
 
     def refuse_region(self, region) -> None:
         """Raises `ValueError` when a region is asked about; for methods that look at whole images."""

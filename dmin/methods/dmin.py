@@ -9,7 +9,7 @@ __all__ = ['DMin']
 import torch
 
 from ..core.scores import Attributor, Scores
-from ..core.store import Store
+from ..core.store import dmin_name, Store
 
 # %% ../../nbs/methods/00_dmin.ipynb #9bd7da27
 class DMin(Attributor):
@@ -21,8 +21,7 @@ class DMin(Attributor):
 
     def __init__(self, store: Store, normalise: bool = True, weights=None):
         self.store, self.normalise, self.weights = store, normalise, weights
-        kind = "w/o Comp." if store.manifest.v is None else f"v={store.manifest.v}"
-        self.name = f"DMin ({kind})" if normalise else f"DMin ({kind}, w/o Norm.)"
+        self.name = dmin_name(store.manifest, normalise)
 
     def influence(self, queries, region=None) -> Scores:
         """Exact scores, which keep their parts by timestep; `queries` as in `Store.influence`."""

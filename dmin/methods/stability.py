@@ -94,7 +94,7 @@ class Repeated(Attributor):
     def influence(self, queries, region=None) -> Scores:
         """The mean, which keeps each seed's scores; `queries` are images. Raises what the method raises."""
         queries = as_samples(queries)
-        return averaged([part.influence(queries, region) for part in self.parts])
+        return replace(averaged([part.influence(queries, region) for part in self.parts]), method=self.name)
 
     def scores(self, queries, region=None) -> torch.Tensor:   # (n_queries, n_train)
         """The same in numbers."""

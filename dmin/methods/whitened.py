@@ -77,4 +77,5 @@ class WhitenedDMin(Damped):
         """`scores` with the images, and their parts by timestep."""
         g, shown = asked_gradients(self.store, queries, region=region)
         parts = scores_by_timestep(self.kernels, self.vectors_of(g), self.damping, self.leverage)
-        return Scores(parts, self.store.manifest.timesteps, shown, self.store.samples, self.weights)
+        timesteps, samples = self.store.manifest.timesteps, self.store.samples
+        return Scores(parts, timesteps, shown, samples, self.weights, method=self.name)
