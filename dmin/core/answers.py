@@ -119,9 +119,10 @@ _PAGE = """<!doctype html>
 """
 
 
-def page(title: str, body: str) -> str:
+def page(title: str, body: str, method: str = "") -> str:
     """A whole HTML page; `body` is HTML already."""
-    return _PAGE.format(title=html.escape(title), body=body)
+    whose = f"<p>By {html.escape(method)}</p>\n" if method else ""
+    return _PAGE.format(title=html.escape(title), body=whose + body)
 
 # %% ../../nbs/core/13_answers.ipynb #6c7d47b0
 def _json(table) -> str:
@@ -133,10 +134,9 @@ def _json(table) -> str:
 # %% ../../nbs/core/13_answers.ipynb #f4b1bb8b
 class Answer:
     """Of some queries. What derives from it has a length, can be indexed, and defines `to_pandas`, `figure`,
-    `heading` and `body`, which is HTML; `method` is whose scores they are, if that is known.
+    `heading` and `body`, which is HTML.
     """
-    method: str = ""
-
+    method: str = ""   # whose scores they are, if that is known
     def __iter__(self): return (self[q] for q in range(len(self)))
 
     def to_csv(self, path: str | Path | None = None) -> str | Path:
@@ -149,8 +149,7 @@ class Answer:
 
     def to_html(self, path: str | Path | None = None) -> str | Path:
         """A page that needs nothing beside it, or written to a file."""
-        whose = f"<p>By {html.escape(self.method)}</p>" if self.method else ""
-        return written(page(self.heading or "Attribution", whose + self.body()), path)
+        return written(page(self.heading or "Attribution", self.body(), self.method), path)
 
     def save(self, path: str | Path) -> Path:
         """Writes a page (.html), a figure (.png, .pdf, .svg, …) or a table (.csv, .json), by the file's name.

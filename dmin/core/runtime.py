@@ -101,14 +101,12 @@ def data_folder(part: str = ".") -> Path:
     """The data that come with dmin, or a part of them such as "tiny/clip": the folder `DMIN_DATA` if that is
     set, else the clone's `data`, else the one of the package `dmin_data`.
 
-    Raises `FileNotFoundError` where there are none, where the part is missing, and for those of another
-    version, and says what brings them.
+    Raises `FileNotFoundError` for what is missing or of another version, and says what brings it.
     """
     if "DMIN_DATA" in os.environ: folder = Path(os.environ["DMIN_DATA"])
     elif clone := _clone(): folder = clone / "data"
     else: folder = _installed_data()
-    parts = "mini", "tiny", "published", "benchmarks", part
-    missing = [name for name in parts if not (folder / name).exists()]
+    missing = [x for x in ("mini", "tiny", "published", "benchmarks", part) if not (folder / x).exists()]
     if not missing: return (folder / part).resolve()
     way_out = "git checkout -- data" if _clone() else data_command()
     if "DMIN_DATA" in os.environ: way_out = "set the variable DMIN_DATA to the right folder, or unset it"

@@ -314,9 +314,9 @@ def _ranked(scores: Scores, k: int, heading: str, largest: bool) -> Ranking:
     order = scores.values.sort(dim=1, descending=largest, stable=True)
     rows = order.indices[:, :k]
     ranks = [x.ranks(largest).gather(1, rows) for x in scores.repeats]
-    return Ranking(
-        rows, order.values[:, :k], heading, scores.queries, scores.samples,
-        ranks=torch.stack(ranks, 2) if ranks else None, source=scores, lowest=not largest, method=scores.method)
+    found = Ranking(rows, order.values[:, :k], heading, scores.queries, scores.samples, source=scores)
+    ranks = torch.stack(ranks, 2) if ranks else None
+    return replace(found, ranks=ranks, lowest=not largest, method=scores.method)
 
 # %% ../../nbs/core/14_scores.ipynb #0f50169e
 def _recipe(scores: Scores) -> dict:

@@ -78,10 +78,11 @@ def _stability(scores: dict[str, Scores], k: int) -> Table:
     cells = []
     for name, found in scores.items():
         stable = found.top(k).stable
-        cells.append([name, len(found.repeats) or 1, None if stable is None else stable.sum(1).double().mean()])
-    one = any(stable is None for *_, stable in cells)
-    how = ". Not measured with one: collect_seeds(…) and Repeated(stores) do" if one else ""
-    about = f"of the first {k} of a query, how many are so under every seed of noise and compression, mean{how}"
+        many = None if stable is None else float(stable.sum(1).double().mean())
+        cells.append([name, len(found.repeats) or 1, many])
+    about = f"of the first {k} of a query, how many are so under every seed of noise and compression, mean"
+    if any(many is None for *_, many in cells):
+        about += ". Not measured with one: collect_seeds(…) and Repeated(stores) do"
     return Table(["", "seeds", "stable"], cells, about, form=("", "d", ".1f"))
 
 
@@ -152,9 +153,8 @@ def report(
     scores = {name: method.influence(images) for name, method in zip(names, methods)}
     scores = _of_the_store(scores, store)
     took = time.perf_counter() - start
-    parts = [_OPENING, *_rankings(scores, k)]
+    parts = [_OPENING, *_rankings(scores, k), "<h2>Stability</h2>", _stability(scores, k)._repr_html_()]
     if len(scores) > 1: parts += ["<h2>Agreement</h2>", _agreement(scores, k)._repr_html_()]
-    parts += ["<h2>Stability</h2>", _stability(scores, k)._repr_html_()]
     for column in by:
         found = next(iter(scores.values())).by(column, k)
         parts += [f"<h2>By {html.escape(column)}, {html.escape(names[0])}</h2>", _EXCESS, found.body()]

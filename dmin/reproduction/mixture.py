@@ -125,8 +125,7 @@ def mixture_features():
         subset=text,
         noised=Value("bool"),
         source=text,
-        attribution=text,   # whose it is, and under which licence, where the set says so
-        license=text,
+        **dict.fromkeys(("attribution", "license"), text),   # where the set has them
         origin=Value("int64"))
 
 
