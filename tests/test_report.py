@@ -29,7 +29,7 @@ def test_what_is_in_it(store, digits, tmp_path):
     for q in range(2):   # each query by each method
         for m in methods: expected += m.influence(asked).top(4).rows[q].tolist()
     assert rows_of(rankings) == expected
-    assert all(name in rankings for name in ("DMin", "Raw pixels", "Agreement", "Not measured with one: collect_seeds"))
+    assert all(name in rankings for name in ("DMin", "Raw pixels", "Agreement", "Raw pixels one ranking was made"))
     best = DMin(store).influence(asked).by("label", 4).to_pandas().iloc[0]
     assert f"{best['label']}: excess" in groups
     for said in (store.manifest.model, store.manifest.fingerprint(), "noise 0, compression 0", "torch"):
@@ -48,7 +48,7 @@ def test_what_is_stable_is_marked(digits, tmp_path):
     for store in stores: assert str(store.folder) in text and store.manifest.fingerprint() in text
     assert "stable (framed): among the first 3 under each of 2 seeds" in text
     stable = Repeated(stores).influence(digits.select([5])).top(3).stable.sum()
-    assert f">2</td><td>{stable:.1f}</td>" in re.sub(r' style="[^"]*"', "", text) and "Not measured" not in text
+    assert f">2</td><td>{stable:.1f}</td>" in re.sub(r' style="[^"]*"', "", text) and "one ranking" not in text
 
 
 def test_a_damaged_file_is_not_filed(digits, tmp_path):

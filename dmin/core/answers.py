@@ -112,7 +112,8 @@ def written(text: str, path: str | Path | None) -> str | Path:
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>{title}</title>
-<style>:root {{ color-scheme: light dark }} body {{ margin: 2em; font: 14px/1.4 sans-serif }}</style>
+<style>:root {{ color-scheme: light dark }} body {{ margin: 2em; font: 14px/1.4 sans-serif }}
+th, td {{ padding: .15em 1em .15em 0; text-align: left }} caption {{ text-align: left }}</style>
 </head><body>
 {body}
 </body></html>

@@ -73,17 +73,19 @@ def _agreement(scores: dict[str, Scores], k: int) -> Table:
     return Table(["", *first], cells, f"of the first {k} of a query, how many both have, mean", form=".1f")
 
 # %% ../../nbs/measures/10_report.ipynb #e829d7da
-def _stability(scores: dict[str, Scores], k: int) -> Table:
-    """Of the first k, how many stay there under every seed, mean over queries; nothing for those of one."""
-    cells = []
+def _stability(scores: dict[str, Scores], k: int) -> list[str]:
+    """Of the first k, how many stay there under every seed, mean over queries; which methods have but one."""
+    cells, parts = [], []
     for name, found in scores.items():
         stable = found.top(k).stable
-        many = None if stable is None else float(stable.sum(1).double().mean())
-        cells.append([name, len(found.repeats) or 1, many])
-    about = f"of the first {k} of a query, how many are so under every seed of noise and compression, mean"
-    if any(many is None for *_, many in cells):
-        about += ". Not measured with one: collect_seeds(…) and Repeated(stores) do"
-    return Table(["", "seeds", "stable"], cells, about, form=("", "d", ".1f"))
+        if stable is not None: cells.append([name, len(found.repeats), float(stable.sum(1).double().mean())])
+    columns = ["", "seeds", f"of the first {k}, under every seed among them"]
+    if cells: parts.append(Table(columns, cells, "mean over queries", form=("", "d", ".1f"))._repr_html_())
+    if once := [name for name, found in scores.items() if not found.repeats]:
+        parts.append(
+            f"<p>Of {html.escape(', '.join(once))} one ranking was made. How much of it other seeds of noise"
+            " and compression leave was not measured: collect_seeds(…) and Repeated(stores) do.</p>")
+    return parts
 
 
 def _rankings(scores: dict[str, Scores], k: int) -> list[str]:
@@ -153,7 +155,7 @@ def report(
     scores = {name: method.influence(images) for name, method in zip(names, methods)}
     scores = _of_the_store(scores, store)
     took = time.perf_counter() - start
-    parts = [_OPENING, *_rankings(scores, k), "<h2>Stability</h2>", _stability(scores, k)._repr_html_()]
+    parts = [_OPENING, *_rankings(scores, k), "<h2>Stability</h2>", *_stability(scores, k)]
     if len(scores) > 1: parts += ["<h2>Agreement</h2>", _agreement(scores, k)._repr_html_()]
     for column in by:
         found = next(iter(scores.values())).by(column, k)
