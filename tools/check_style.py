@@ -53,7 +53,7 @@ LONG = {
     "Ranking": 78,
     "Scores": 114,
     "Groups": 83,
-    "Index": 49,
+    "Index": 50,
     "MappedShards": 32,
     "Explorer": 65,
     "Kernel": 31,

@@ -11,6 +11,7 @@ import hashlib
 import json
 import re
 import secrets
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from .files import check_readable, damaged, read_json, remove_leftovers, write_a
 from .gradients import Gradients
 from .images import as_samples
 from .runtime import bar
-from .scores import cosines, query_vectors, Ranking
+from .scores import cosines, dmin_name, query_vectors, Ranking
 from .shards import ids_digest
 
 # %% ../../nbs/core/15_index.ipynb #232f4e1f
@@ -96,7 +97,8 @@ class Index:
         samples = None if isinstance(queries, Gradients) else as_samples(queries)
         unit = query_vectors(self.store, queries if samples is None else self.store.gradients(samples))
         rows, scores = _candidates(self, unit * weights[:, None], k, ef, rerank)
-        return Ranking(rows, scores, "Most influential (HNSW)", samples, self.store.samples)
+        found = Ranking(rows, scores, "Most influential (HNSW)", samples, self.store.samples)
+        return replace(found, method=dmin_name(self.store.manifest))
 
     def recall(self, queries, k: int = 10, ef: int | None = None, rerank: int | None = None) -> float:
         """Share of the exact top k that the index finds, mean over queries: what `search` takes."""

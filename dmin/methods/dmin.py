@@ -8,8 +8,8 @@ __all__ = ['DMin']
 # %% ../../nbs/methods/00_dmin.ipynb #0c5241fd
 import torch
 
-from ..core.scores import Attributor, Scores
-from ..core.store import dmin_name, Store
+from ..core.scores import Attributor, dmin_name, Scores
+from ..core.store import Store
 
 # %% ../../nbs/methods/00_dmin.ipynb #9bd7da27
 class DMin(Attributor):
