@@ -97,7 +97,7 @@ def locate_pipeline(name: str) -> str:
     """
     source, folder = PIPELINES.get(name), Path(name)
     if source and source.hub: return source.hub
-    if source: folder = data_folder() / source.folder
+    if source: folder = data_folder(source.folder)
     if (folder / "model_index.json").is_file(): return str(folder)
     if source:
         raise FileNotFoundError(f"{name} is not in {folder}: {source.about}")

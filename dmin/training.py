@@ -591,7 +591,7 @@ def _record_folder(name: str) -> Path:
     """Where a pipeline's record lies: beside its adapters or network if it has some, else beside it."""
     source = PIPELINES.get(name)
     tuned = source and not source.hub and (source.lora or source.network)
-    if tuned: return data_folder() / tuned
+    if tuned: return data_folder(tuned)
     return Path(name if (Path(name) / "training.json").is_file() else locate_pipeline(name))
 
 

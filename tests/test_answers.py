@@ -14,6 +14,7 @@ from datasets import ClassLabel, Dataset, Features, Image, Value, load_dataset
 from PIL import Image as Pictures
 
 from dmin import collect, Scores
+from dmin.methods.similarity import RawPixels
 from dmin.methods.stability import collect_seeds, Repeated
 
 
@@ -73,6 +74,16 @@ def test_rankings_shown_together(scores):
     assert [x.rows.shape[1] for x in (a + (b + c)).shown_with] == [2, 1]   # none is lost
     for wrong in (lambda: a[0] + b, lambda: a + b[0]):
         with pytest.raises(ValueError, match="queries cannot be shown together"): wrong()
+
+
+def test_rankings_of_several_methods_say_whose_they_are(scores, named):
+    both = scores.top(2) + RawPixels(named).influence(scores.queries).top(2)
+    page = both.to_html()
+    assert "<p>By" not in page
+    for name in (scores.method, "Raw pixels"):
+        assert f"Proponents: the most influential, by {name}" in page
+    assert both.to_pandas()["ranking"].nunique() == 2
+    assert [x.heading for x in (scores.top(2) + scores.bottom(2)).shown_with] == ["Opponents: the lowest scores"]
 
 
 def test_the_explorer_opens_on_what_was_ranked(scores, named):

@@ -15,10 +15,11 @@ from conftest import PYTHON
 from diffusers import AutoencoderKL, DDPMPipeline, StableDiffusion3Pipeline, StableDiffusionPipeline
 
 import dmin
-from dmin import load_images, load_mixture
+from dmin import load_images, load_mixture, load_pipeline
 from dmin.core.runtime import data_folder
 from dmin.methods.similarity import clip_source
 from dmin.pipelines import PIPELINES
+from dmin.reproduction.results import shipped_results
 from dmin.training import training_record
 
 ROOT = Path(__file__).parents[1]
@@ -193,10 +194,11 @@ def test_data_is_there(name): assert (data_folder() / "mini" / name).stat().st_s
 
 @pytest.mark.parametrize("part, ask", [
     ("mini/flowers.parquet", load_mixture), ("mini/mnist_5k.npz", lambda: load_images("mnist_5k")),
-    ("tiny/clip", lambda: clip_source(None))])
+    ("tiny/clip", lambda: clip_source(None)), ("tiny/sd3", lambda: load_pipeline("tiny-sd3-lora")),
+    ("tiny/sd3-lora", lambda: training_record("tiny-sd3-lora")), ("../results", shipped_results)])
 def test_a_part_of_the_data_that_is_missing(part, ask, tmp_path, monkeypatch):
-    for folder in ("mini", "tiny", "published", "benchmarks"): (tmp_path / folder).mkdir()
-    monkeypatch.setenv("DMIN_DATA", str(tmp_path))
+    for folder in ("mini", "tiny", "published", "benchmarks"): (tmp_path / "data" / folder).mkdir(parents=True)
+    monkeypatch.setenv("DMIN_DATA", str(tmp_path / "data"))
     with pytest.raises(FileNotFoundError, match=f"no {part}: set the variable DMIN_DATA"): ask()
 
 

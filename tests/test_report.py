@@ -29,7 +29,7 @@ def test_what_is_in_it(store, digits, tmp_path):
     for q in range(2):   # each query by each method
         for m in methods: expected += m.influence(asked).top(4).rows[q].tolist()
     assert rows_of(rankings) == expected
-    assert all(name in rankings for name in ("DMin", "Raw pixels", "Agreement", "Raw pixels one ranking was made"))
+    assert all(name in rankings for name in ("DMin", "Raw pixels", "Agreement", "Of DMin (v=64) one ranking was made"))
     best = DMin(store).influence(asked).by("label", 4).to_pandas().iloc[0]
     assert f"{best['label']}: excess" in groups
     for said in (store.manifest.model, store.manifest.fingerprint(), "noise 0, compression 0", "torch"):
@@ -39,6 +39,8 @@ def test_what_is_in_it(store, digits, tmp_path):
 
 def test_alone_it_is_dmin_and_text(store, digits):
     text = report(store, digits[5]["image"], k=3)
+    plain = report(store, digits[5]["image"], [RawPixels(digits)], k=3)
+    assert "one ranking" not in plain and "No method reads a store" in plain
     assert rows_of(text)[0] == 5 and "Agreement" not in text and "By " not in text
 
 
@@ -85,3 +87,10 @@ def test_what_cannot_be(store, digits):
             report(store, digits.select([0]), [DMin(store), RawPixels(others)], k=3)
     for wrong, said in ((dict(by=["artist"]), "no such column"), (dict(k=41), "k=41"), (dict(by="label"), "a list")):
         with pytest.raises(ValueError, match=said): report(store, digits.select([0]), [Slow(store)], **wrong)
+
+
+def test_a_store_without_its_pipeline_is_told_before_anything_is_asked(store, digits):
+    class Slow(RawPixels):
+        def scores(self, queries, region=None): raise AssertionError("asked")
+    alone = open_store(store.folder, None, digits)
+    with pytest.raises(ValueError, match="does not know its pipeline"): report(alone, digits.select([5]), [Slow(digits)])

@@ -50,7 +50,7 @@ LONG = {
     "ShardFiles": 84,
     "ShardFolder": 194,
     "Store": 149,
-    "Ranking": 78,
+    "Ranking": 80,
     "Scores": 114,
     "Groups": 83,
     "Index": 50,

@@ -10,12 +10,13 @@ import argparse
 import json
 import os
 import re
-import resource
 import sys
+import threading
 import time
 from pathlib import Path
 
 import nbformat
+import psutil
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
 
@@ -41,10 +42,22 @@ def tidy(text: str) -> str:
     return re.sub(r"(?m)^/\S*?/(ipykernel_\d+/\d+\.py:\d+: |(?=dmin/\S+\.py:\d+: ))", "", ended(text))
 
 
-def peak_gb() -> float:
-    """The most memory that one of the processes held which this one started, or which those started in turn."""
-    unit = 1 if sys.platform == "darwin" else 1024   # bytes there, kilobytes elsewhere
-    return resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * unit / 1e9
+class Memory(threading.Thread):
+    """Watches how much memory a process and those that it started hold together: `peak`, in GB."""
+
+    def __init__(self, pid: int):
+        super().__init__(daemon=True)
+        self.process, self.peak, self.over = psutil.Process(pid), 0., threading.Event()
+
+    def run(self):
+        while not self.over.wait(.2): self.peak = max(self.peak, self.held())
+
+    def held(self) -> float:
+        total = 0
+        try:
+            for each in [self.process, *self.process.children(recursive=True)]: total += each.memory_info().rss
+        except psutil.NoSuchProcess: pass   # one has just ended
+        return total / 1e9
 
 
 def record(name: str, **needed: float) -> None:
@@ -61,12 +74,19 @@ def run(path: Path, output: Path, timeout: int | None, needed: dict | None = Non
     nb = nbformat.read(path, as_version=4)
     nb.metadata.setdefault("kernelspec", {"name": "python3", "display_name": "python3", "language": "python"})
     nb.metadata.pop("widgets", None)
+    watches = []
+
+    def watch(notebook):
+        watches.append(Memory(client.km.provisioner.pid))
+        watches[0].start()
+
     client = NotebookClient(
         nb,
         timeout=timeout,
         kernel_name="python3",
         store_widget_state=False,
         coalesce_streams=True,
+        on_notebook_start=watch,
         on_cell_executed=echo,
         extra_arguments=["--log-level=40"],
         resources={"metadata": {"path": str(path.parent)}})
@@ -74,7 +94,8 @@ def run(path: Path, output: Path, timeout: int | None, needed: dict | None = Non
     try: client.execute()
     except (CellExecutionError, CellTimeoutError, DeadKernelError) as e: error = e
     seconds = time.perf_counter() - start
-    if needed is not None: needed.update(seconds=seconds, memory_gb=peak_gb())
+    for each in watches: each.over.set()
+    if needed is not None: needed.update(seconds=seconds, memory_gb=max((x.peak for x in watches), default=0.))
     for cell in (c for c in nb.cells if c.cell_type == "code"):
         for o in cell.outputs:
             if o.output_type == "stream": o.text = tidy(o.text) if o.name == "stderr" else ended(o.text)
@@ -112,7 +133,6 @@ if __name__ == "__main__":
     )
     args = parser.parse_args()
     if args.output and len(notebooks(args.paths)) != 1: parser.error("--output takes one notebook")
-    if args.record and len(notebooks(args.paths)) != 1: parser.error("--record takes one notebook")
     if args.output: os.environ["DMIN_OUT"] = str(args.output.resolve().parent)
     ok = []
     for path in notebooks(args.paths):

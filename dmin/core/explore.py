@@ -86,7 +86,8 @@ def _large(samples, scores, order: _Order, chosen: dict) -> dict:
     values = order.values   # equal ones keep the samples' order
     rank = int((values > values[row]).sum() + (values[:row] == values[row]).sum()) + 1
     parts = [] if scores.timesteps is None else scores.per_timestep[chosen["query"], row].tolist()
-    steps = [[t, x * scores.scale] for t, x in zip(scores.timesteps or [], parts)]
+    parts = [x * scores.scale for x in parts]
+    steps = [[t, x, score_text(x)] for t, x in zip(scores.timesteps or [], parts)]
     facts = {"row": str(row), "rank of all": str(rank), "score": score_text(float(values[row]), 4)}
     facts |= with_free_names(known, {*facts})
     return _picture(samples[row]["image"], 384) | {"facts": list(facts.items()), "parts": steps}
@@ -182,10 +183,10 @@ const large = (item, close) => {
   const facts = make("table", {}, ...item.facts.map(([name, value]) =>
     make("tr", {}, make("th", {textContent: name}), make("td", {textContent: value}))));
   const most = Math.max(...item.parts.map(([t, x]) => Math.abs(x)), 1e-12);
-  const bars = item.parts.map(([t, x]) => {
+  const bars = item.parts.map(([t, x, text]) => {
     const bar = make("i", {className: x < 0 ? "bar below" : "bar"});
     bar.style.width = `${Math.round(100 * Math.abs(x) / most)}px`;
-    return make("tr", {}, make("th", {textContent: `t ${t}`}), make("td", {}, bar, ` ${x.toFixed(3)}`));
+    return make("tr", {}, make("th", {textContent: `t ${t}`}), make("td", {}, bar, ` ${text}`));
   });
   return make("div", {className: "large"}, image(item),
     make("div", {}, make("button", {textContent: "close", onclick: close}), facts,

@@ -60,6 +60,12 @@ def _strips(ranking: "Ranking"):
             shown = (query["image"], about) if part is ranking else (None, "")
             yield Strip(*shown, images, _titles(part, q, words), _heading(part, q, "framed"), marked)
 
+# %% ../../nbs/core/14_scores.ipynb #57efbb27
+def _told_apart(parts: Sequence["Ranking"]) -> list["Ranking"]:
+    """Those of several methods each say whose they are, as what is above them all then cannot."""
+    if len({part.method for part in parts}) == 1: return list(parts)
+    return [replace(x, heading=f"{x.heading}, by {x.method}", method="") if x.method else x for x in parts]
+
 # %% ../../nbs/core/14_scores.ipynb #2542c759
 def _line(part: "Ranking", q: int, rank: int, said: str) -> str:
     """One training sample of a ranking as text."""
@@ -131,7 +137,9 @@ class Ranking(Answer):
             raise ValueError(
                 f"rankings for {len(self)} and {len(other)} queries cannot be shown together: take those of"
                 " the same queries, such as ranking[:2]")
-        return replace(self, shown_with=(*self.shown_with, replace(other, shown_with=()), *other.shown_with))
+        parts = self, *self.shown_with, replace(other, shown_with=()), *other.shown_with
+        first, *rest = _told_apart(parts)
+        return replace(first, shown_with=tuple(rest))
 
     def strips(self) -> list[Strip]:
         """What is drawn, query by query. Raises `ValueError` when the images are not known."""

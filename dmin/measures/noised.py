@@ -79,6 +79,7 @@ class NoiseTable(Drawn):
     share: float
     n_noised: int
     n_train: int
+    what: str = "noised rows"
 
     @property
     def rows(self) -> list[dict]:
@@ -92,7 +93,7 @@ class NoiseTable(Drawn):
     def table(self) -> Table:
         columns = ["suspicion", "AUC", f"precision at {self.share:.0%}"]
         cells = [[name, self.auc[name], self.precision[name]] for name in self.auc]
-        caption = f"finding {self.n_noised} noised rows among {self.n_train} [95 % interval]"
+        caption = f"finding {self.n_noised} {self.what} among {self.n_train} [95 % interval]"
         return Table(columns, cells, caption)
 
 # %% ../../nbs/measures/07_noised.ipynb #bd2d41a8
@@ -101,8 +102,9 @@ def noise_table(
     noised: Sequence[bool],                   # (n_train,)
     share: float = .05,                       # of the rows that are looked at
     draws: int = 300,                         # bootstrap samples of rows
+    what: str = "noised rows",                # what is looked for
 ) -> NoiseTable:
-    """How well suspicions find the noised rows, with bootstrap intervals over rows.
+    """How well suspicions find noised or otherwise damaged rows, with bootstrap intervals over rows.
 
     Raises what `roc_auc` raises, with the name.
     """
@@ -118,7 +120,7 @@ def noise_table(
         shares = [precision_at(suspicion[rows], noised[rows], share) for rows in drawn]
         auc[name] = Interval.from_draws(area, areas)
         precision[name] = Interval.from_draws(precision_at(suspicion, noised, share), shares)
-    return NoiseTable(auc, precision, share, int(noised.sum()), len(noised))
+    return NoiseTable(auc, precision, share, int(noised.sum()), len(noised), what)
 
 # %% ../../nbs/measures/07_noised.ipynb #a8fdbb4a
 def _as_many_of_each(noised: np.ndarray, rng: np.random.Generator) -> np.ndarray:   # rows

@@ -73,19 +73,22 @@ def _agreement(scores: dict[str, Scores], k: int) -> Table:
     return Table(["", *first], cells, f"of the first {k} of a query, how many both have, mean", form=".1f")
 
 # %% ../../nbs/measures/10_report.ipynb #e829d7da
-def _stability(scores: dict[str, Scores], k: int) -> list[str]:
-    """Of the first k, how many stay there under every seed, mean over queries; which methods have but one."""
+def _stability(scores: dict[str, Scores], k: int, methods: Sequence[Attributor]) -> list[str]:
+    """Of the first k, how many stay there under every seed, mean over queries; which of the methods that have
+    seeds, as they read stores, were asked with one only.
+    """
     cells, parts = [], []
     for name, found in scores.items():
         stable = found.top(k).stable
         if stable is not None: cells.append([name, len(found.repeats), float(stable.sum(1).double().mean())])
     columns = ["", "seeds", f"of the first {k}, under every seed among them"]
     if cells: parts.append(Table(columns, cells, "mean over queries", form=("", "d", ".1f"))._repr_html_())
-    if once := [name for name, found in scores.items() if not found.repeats]:
+    seeded = [name for name, method in zip(scores, methods) if _stores_of(method)]
+    if once := [name for name in seeded if not scores[name].repeats]:
         parts.append(
             f"<p>Of {html.escape(', '.join(once))} one ranking was made. How much of it other seeds of noise"
             " and compression leave was not measured: collect_seeds(…) and Repeated(stores) do.</p>")
-    return parts
+    return parts or ["<p>No method reads a store, whose seeds could change its ranking.</p>"]
 
 
 def _rankings(scores: dict[str, Scores], k: int) -> list[str]:
@@ -151,11 +154,11 @@ def report(
     k = min(10, len(store)) if k is None else k
     _check_asked(store, k, by)
     stores = _stores_of([store, *methods])
-    for each in stores: each.verify(anew=True)
+    for each in stores: each.objective, each.verify(anew=True)   # raises where no pipeline is known
     scores = {name: method.influence(images) for name, method in zip(names, methods)}
     scores = _of_the_store(scores, store)
     took = time.perf_counter() - start
-    parts = [_OPENING, *_rankings(scores, k), "<h2>Stability</h2>", *_stability(scores, k)]
+    parts = [_OPENING, *_rankings(scores, k), "<h2>Stability</h2>", *_stability(scores, k, methods)]
     if len(scores) > 1: parts += ["<h2>Agreement</h2>", _agreement(scores, k)._repr_html_()]
     for column in by:
         found = next(iter(scores.values())).by(column, k)

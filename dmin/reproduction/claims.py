@@ -280,7 +280,7 @@ def _verdicts(claims: Sequence[Claim], caption: str = "", lead: str = "") -> Tab
 # %% ../../nbs/reproduction/07_claims.ipynb #1fb4ece2
 def results_root() -> Path:
     """The folder with results of all presets, as committed."""
-    return data_folder().parent / "results"
+    return data_folder("../results")
 
 
 def _read(path: Path) -> dict: return json.loads(path.read_text()) if path.exists() else {}
@@ -397,7 +397,7 @@ def _in_order(name: str) -> tuple:
 
 def paper_notebooks() -> list[str]:
     """Names of the notebooks in `nbs/paper`, in the papers' order; outside a clone, of those with results."""
-    folder = data_folder().parent / "nbs" / "paper"
+    folder = data_folder("../results").parent / "nbs" / "paper"
     names = [p.stem for p in folder.glob("*.ipynb") if p.stem != "summary"]
     if not folder.exists():
         kept = (results_root() / "mini").glob("*.json")

@@ -25,7 +25,7 @@ def results_folder() -> Path:
 
 def shipped_results(preset_name: str = "mini") -> Path:
     """The folder of a preset's results that came with the package."""
-    return data_folder().parent / "results" / preset_name
+    return data_folder("../results") / preset_name
 
 # %% ../../nbs/reproduction/04_results.ipynb #59268e73
 def save_result(

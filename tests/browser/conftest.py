@@ -13,7 +13,7 @@ import nbformat
 import pytest
 
 ROOT = Path(__file__).parents[2]
-SHOTS = Path(os.environ.get("DMIN_OUT", ROOT / "out")).parent / "browser"
+SHOTS = Path(os.environ.get("DMIN_OUT", ROOT / "out" / "smoke")).parent / "browser"
 BROWSERS = "chromium", "chromium-browser", "google-chrome", "google-chrome-stable"
 
 
