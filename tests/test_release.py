@@ -24,7 +24,7 @@ from packaging.specifiers import SpecifierSet
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tools"))
 
-from first_cells import first_cells, settings, stale   # noqa: E402
+from first_cells import first_cells, FOLDERS, needs, settings, stale   # noqa: E402
 from make_archive import archive, checksums            # noqa: E402
 from make_wheels import make_wheels                    # noqa: E402
 from set_address import files, set_address             # noqa: E402
@@ -197,6 +197,11 @@ def test_what_no_file_could_hold_is_refused(wrong, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["set_address.py", *wrong])
     with pytest.raises(SystemExit): set_address_by_command()
     assert f"{wrong[0]} {wrong[1]!r}: expected " in capsys.readouterr().err
+
+
+def test_every_notebook_says_what_it_needs():
+    names = [p.relative_to(ROOT / "nbs").with_suffix("") for f in FOLDERS for p in (ROOT / "nbs" / f).glob("*.ipynb")]
+    assert len(names) > 40 and not [str(name) for name in names if not needs(name.as_posix())]
 
 
 def test_first_cells_install_this_version():

@@ -109,8 +109,9 @@ _EXCESS = (
     " interval, for groups of five samples and more.</p>")
 
 
-def _check_asked(store: Store, k: int, by: Sequence[str]) -> None:
+def _check_asked(store: Store, k: int, by: Sequence[str], stores: Sequence[Store]) -> None:
     """Before anything is computed."""
+    for each in stores: _ = each.objective   # raises where its pipeline is not known
     whole("k", k, most=len(store))
     if isinstance(by, str):
         raise ValueError(f"by={by!r}: give a list of columns, [{by!r}]")
@@ -152,9 +153,9 @@ def report(
     if path is not None: place_for(path)   # hours later would be late to hear of it
     names, images = _distinct_names(methods), as_samples(images)
     k = min(10, len(store)) if k is None else k
-    _check_asked(store, k, by)
     stores = _stores_of([store, *methods])
-    for each in stores: each.objective, each.verify(anew=True)   # raises where no pipeline is known
+    _check_asked(store, k, by, stores)
+    for each in stores: each.verify(anew=True)
     scores = {name: method.influence(images) for name, method in zip(names, methods)}
     scores = _of_the_store(scores, store)
     took = time.perf_counter() - start
