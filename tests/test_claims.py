@@ -179,6 +179,11 @@ def test_what_is_done_is_not_redone(tmp_path):
     assert (
         re.search(r"2 notebooks", (folder / "summary.md").read_text())
         and "reproduced" in (folder / "summary.md").read_text())
+    done = json.loads((folder / "done.json").read_text())
+    done["table_7"]["of"] = "of older code"
+    (folder / "done.json").write_text(json.dumps(done))
+    other = run(tmp_path, "table_1")
+    assert "have changed since they ran: table_7" in other.stdout and "1 notebook" in (folder / "summary.md").read_text()
 
 
 def test_notebooks_that_share_stores_run_after_one_another():

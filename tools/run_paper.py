@@ -173,7 +173,8 @@ def main() -> int:
     for name in apart[0] if len(apart) == 1 else apart[2]: run_one(name, folder, record, args.again)
     done = json.loads(record.read_text()) if record.exists() else {}
     if args.part: return 0
-    ordered = {n: done[n] for n in names if n in done and done[n]["of"] == digest(ROOT / "nbs" / "paper" / f"{n}.ipynb")}
+    present = {n: digest(ROOT / "nbs" / "paper" / f"{n}.ipynb") for n in names}
+    ordered = {n: done[n] for n in names if n in done and done[n]["of"] == present[n]}
     if old := [n for n in names if n in done and n not in ordered]:
         print(f"\nNot summed up, as notebook or package have changed since they ran: {', '.join(old)}")
     (folder / "summary.md").write_text(summary(ordered, preset, about))

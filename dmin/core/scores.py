@@ -488,7 +488,8 @@ class Attributor:
         shown, values = as_samples(queries), self.scores(queries, region)
         if region is not None: shown = fade_outside(shown, one_region_each(region, len(shown)))
         known = self.samples if self.store is None else self.store.samples
-        return Scores(values[..., None], None, shown, known, method=self.name)
+        method = getattr(self, "name", type(self).__name__)
+        return Scores(values[..., None], None, shown, known, method=method)
 
     def refuse_region(self, region) -> None:
         """Raises `ValueError` when a region is asked about; for methods that look at whole images."""
