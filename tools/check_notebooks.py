@@ -23,6 +23,11 @@ from make_readme import ROOT, make_readme
 from run_notebook import WIDGET
 
 
+def shown(output: dict) -> str:
+    """An output's text."""
+    return "".join(output.get("text", [])) + "".join(output.get("data", {}).get("text/plain", []))
+
+
 def unclean(path: Path) -> list[str]:
     """What nbdev_clean would change, and what failed when the notebook ran."""
     cfg, text = get_config(), path.read_text(encoding="utf-8")
@@ -33,6 +38,8 @@ def unclean(path: Path) -> list[str]:
             found.append(f"cell {i} holds an error: mend it and run the notebook again")
         if any(WIDGET in o.get("data", {}) for o in outputs):
             found.append(f"cell {i} shows a widget, which is nothing without its kernel: tools/run_notebook.py")
+        if place := re.search(r"(?<![\w.~])/(tmp|home|root|Users)/\S+", " ".join(map(shown, outputs))):
+            found.append(f"cell {i} shows a folder of one machine, {place[0][:60]}: run it with DMIN_OUT=out")
     clean_nb(
         nb,
         cfg.clear_all,
